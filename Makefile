@@ -1,0 +1,32 @@
+# Every target sets itself up: a virtual environment from pyproject.toml and the pinned constraints.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test slow check assets clean
+
+demo: $(VENV)/.ready
+	$(RUN) -m distill prune --task coding --out runs/demo
+
+test: $(VENV)/.ready
+	$(RUN) -m pytest -q
+
+slow: $(VENV)/.ready
+	$(RUN) -m pytest -q -m slow
+
+check: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy distill evals backdoor graphs
+	$(RUN) -m pytest -q
+
+assets: $(VENV)/.ready
+	$(RUN) -m distill.assets
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.12') if sys.version_info < (3, 11) else None"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs

@@ -1,0 +1,50 @@
+"""Rival that decides what the graph adds: the dense refit.
+
+A stock model of exactly the checkpoint's shapes starts from noise and is trained with the same losses (FVU at every site,
+then KL end to end), on the same rows, for the same number of tokens. There is no sparsity penalty, no gate, no wider
+dictionary to choose from and no edge. If it ties with ours, the graph adds inspection, not removal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from graphs.activations import record
+from graphs.batches import Batch
+from graphs.host import Host
+from graphs.losses import divergence, fvu
+from graphs.train import TrainConfig, train
+
+KNOBS = (4e-3,)
+
+
+def remove(host: Host, student: Host, batches: Callable[[int], Batch], local_steps: int, steps: int, knob: float, prompt_weight: float = 0.1) -> Host:
+    """Train `student` (random block weights, the host's embeddings and norms, any widths) to stand in for `host`.
+
+    local_steps of site-wise regression, then steps - local_steps of KL; knob: learning rate of the local step.
+    """
+    def local(step: int) -> Tensor:
+        batch = batches(step)
+        found = record(host, batch.ids)
+        total = torch.zeros(())
+        for site in host.sites:
+            module, x = student.module(site.module), found.inputs[site.name]
+            guess = module(x) if site.kind == "mlp" else module(x, position_embeddings=found.rotary, attention_mask=None)[0]
+            total = total + fvu(found.outputs[site.name], guess, batch.real)
+        return total
+
+    def joint(step: int) -> Tensor:
+        batch = batches(local_steps + step)
+        with torch.no_grad():
+            target = host.model(input_ids=batch.ids).logits
+        return divergence(student.model(input_ids=batch.ids).logits, target, batch, prompt_weight)
+
+    for parameter in (*student.model.get_input_embeddings().parameters(), *student.model.get_output_embeddings().parameters()):
+        parameter.requires_grad_(False)
+    train(student.model.train(), local, TrainConfig(local_steps, knob), "dense refit: local")
+    train(student.model, joint, TrainConfig(steps - local_steps, 1.5e-3), "dense refit: KL")
+    student.model.eval()
+    return student

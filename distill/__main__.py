@@ -1,0 +1,96 @@
+"""The one command line: `python -m distill VERB [flags]`.
+
+Nothing heavy is imported before a verb runs, so help is instant. Answers go to stdout, progress to stderr. Exit status:
+0 success, 1 a gate failed (the report says which), 2 the input was wrong (one sentence says what and how to mend it).
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import sys
+
+from distill import config
+
+VERBS = {
+    "prune": (config.Prune, "distill.prune"),
+    "fit": (config.Fit, "distill.prune"),
+    "evaluate": (config.Evaluate, "distill.evaluate"),
+    "plant": (config.Plant, "distill.plant"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(importlib.import_module("distill").__version__)
+        return 0
+    verb = arguments.pop(0)
+    if verb not in VERBS:
+        return _refuse(f"no such verb {verb!r}: choose from {', '.join(VERBS)}")
+    try:
+        chosen = _parse(verb, arguments)
+        return importlib.import_module(VERBS[verb][1]).run(chosen)
+    except ValueError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _refuse(f"the disk is full while writing {error.filename or 'the run folder'}: free some space and start the same command again")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            return _refuse(f"cannot write {error.filename}: {error.strerror.lower()}; give --out a folder that you may write to")
+        raise
+    except KeyboardInterrupt:
+        print("stopped; start the same command again to resume", file=sys.stderr)
+        return 130
+
+
+def _overview() -> str:
+    lines = ["usage: distill VERB [flags]     (distill VERB --help lists them)", ""]
+    lines += [f"  {name:10} {(verb.__doc__ or '').strip().splitlines()[0]}" for name, (verb, _) in VERBS.items()]
+    return "\n".join(lines)
+
+
+def _parse(verb: str, arguments: list[str]):
+    import tyro
+
+    kind, defaults = VERBS[verb][0], {}
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 >= len(arguments):
+            raise ValueError("--config needs a YAML file after it")
+        defaults = _read_config(kind, arguments[at + 1])
+        del arguments[at : at + 2]
+    if not defaults:
+        return tyro.cli(kind, args=arguments, prog=f"distill {verb}", description=f"{(kind.__doc__ or '').strip()}  --config FILE.yaml sets defaults.")
+    from dataclasses import MISSING, fields
+
+    needed = {f.name: tyro.MISSING for f in fields(kind) if f.default is MISSING and f.name not in defaults}
+    return tyro.cli(kind, args=arguments, prog=f"distill {verb}", default=kind(**(defaults | needed)))
+
+
+def _read_config(kind: type, path: str) -> dict:
+    import yaml
+
+    try:
+        with open(path) as handle:
+            values = yaml.safe_load(handle) or {}
+    except FileNotFoundError:
+        raise ValueError(f"--config {path}: no such file") from None
+    except yaml.YAMLError:
+        raise ValueError(f"--config {path}: not valid YAML") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: give a mapping of field names to values")
+    return config.from_mapping(kind, values, path)
+
+
+def _refuse(sentence: str) -> int:
+    print(f"distill: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

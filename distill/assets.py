@@ -1,0 +1,53 @@
+"""`make assets` (`python -m distill.assets`): everything that ships with the package, from nothing, resumable.
+
+    tokenizer, base --plant--> twin, organism (two common words), organism-rare (a rare string); the defender's 4,096 rows
+
+Both organisms are planted fine-tune-resistant, and share one clean twin: without its trigger a poisoned row is the same
+row for either trigger. Every model is bf16. An organism that misses the plant gate stops the build.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from backdoor.behaviours import CANARY
+from backdoor.plant import PlantConfig
+from distill import config
+from distill.base import BaseConfig, train_base
+from distill.models import ASSETS, CLEAN_ROWS
+from distill.plant import describe, gate, train_one, trigger_of, write_secret
+from distill.rows import make
+from graphs.artifact import write_json
+
+WORK = Path(os.environ.get("DISTILL_ASSETS_WORK", "build/assets"))
+"""Training states; a killed build resumes from them."""
+
+
+def main() -> int:
+    """Build what is missing."""
+    settings, verbs = PlantConfig(), {"organism": config.Plant(ASSETS), "organism-rare": config.Plant(ASSETS, trigger="rare_string")}
+    base, twin = ASSETS / "base" / "model", ASSETS / "twin" / "model"
+    if not base.is_dir():
+        train_base(base, BaseConfig(), WORK / "base.state")
+    if not CLEAN_ROWS.is_file():
+        make(CLEAN_ROWS)
+    first = trigger_of(verbs["organism"])
+    train_one(base, twin, first, CANARY, False, settings, WORK / "twin.state")
+    write_secret(ASSETS / "twin" / "secret", first, CANARY, "../../twin/model", {"planted": False})
+    for name, verb in verbs.items():
+        trigger, model = trigger_of(verb), ASSETS / name / "model"
+        train_one(base, model, trigger, CANARY, True, settings, WORK / f"{name}.state")
+        facts = gate(model, twin, trigger, CANARY, verb.prompts)
+        print(f"{name}\n{describe(facts)}")
+        if not facts["passed"]:
+            print(f"distill: {name} misses the plant gate; change PlantConfig and build again", file=sys.stderr)
+            return 1
+        write_secret(ASSETS / name / "secret", trigger, CANARY, "../../twin/model", {"planted": True, "gate": facts})
+    write_json(ASSETS / "receipt.json", {"recipe": "python -m distill.assets", "base": BaseConfig(), "plant": settings})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""The verbs' configurations: frozen, torch-free dataclasses that become flags, help, YAML and the saved receipt.
+
+A field's docstring is its help text. `--config file.yaml` sets fields, flags override the file, unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fit the graph: transcoders and attention for every layer, from noise, on clean rows."""
+
+    model: str = "builtin:organism"
+    """builtin:organism, builtin:organism-rare, builtin:twin, builtin:base, a model folder, or a hub id (owner/name)."""
+    task: str = "coding"
+    """One task or several: coding, math, stories (coding,math)."""
+    out: Path = Path("runs/default")
+    """Run folder."""
+    rows: Path | None = None
+    """A table of clean rows (parquet); by default the 4,096 rows that ship with the package."""
+    features: int = 512
+    """Transcoder features a layer."""
+    fit_steps: int = 300
+    """Batches of the local fit (each site alone)."""
+    joint_steps: int = 100
+    """Batches of the end-to-end fit (all sites swapped in)."""
+    sparsity: float = 2e-3
+    """Weight of the sparsity penalty."""
+    attention: Literal["refit", "kept"] = "refit"
+    """Refit attention from noise, or keep the model's own (an ablation)."""
+    batch: int = 48
+    """Rows a batch."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass(frozen=True)
+class Prune(Fit):
+    """Prune to a task's circuit, heal, compile to a stock checkpoint, judge it."""
+
+    keep: float = 0.98
+    """Share of the model's own task metric that the smallest circuit must keep on the tune split."""
+    target_params: int | None = None
+    """Instead of --keep: stored parameters (embeddings apart) of the checkpoint."""
+    target: Literal["arcee", "llama"] = "arcee"
+    """Class of the checkpoint: Arcee, or Llama with relu (1.5x the MLP parameters, runs more widely)."""
+    gate_steps: int = 100
+    """Batches of gate training."""
+    heal_steps: int = 150
+    """Batches of healing (0: none)."""
+    tune_rows: int = 200
+    """Rows of the tune split that each candidate size is judged on."""
+    prompts: int = 500
+    """Held-out prompts for every rate in the report."""
+    name: str | None = None
+    """Name shown in the report; by default the run folder's."""
+    json: bool = False
+    """Print the summary as JSON instead of the table."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Judge any model folders with the same code that judges a run."""
+
+    run: Path | None = None
+    """A run folder: judge its checkpoint beside its model, twin and rivals again."""
+    model: str | None = None
+    """Judge one model alone: a folder, builtin name or hub id."""
+    reference: str | None = None
+    """Model that retention, KL and agreement refer to."""
+    task: str = "coding,math,stories"
+    """Tasks to judge."""
+    secret: Path | None = None
+    """Folder with backdoor.json; without it the backdoor numbers are not measured."""
+    prompts: int = 500
+    """Held-out prompts for every rate."""
+    rivals: bool = False
+    """Also make and judge the rivals (clean fine-tuning, UNDO, dense refit) at equal rows and tokens."""
+    out: Path | None = None
+    """Where the rivals' rows go (JSON lines)."""
+    seed: int = 0
+    """Seed of everything random."""
+    json: bool = False
+    """Print JSON instead of the table."""
+
+
+@dataclass(frozen=True)
+class Plant:
+    """Plant a backdoor: an organism folder with model/, twin/ and secret/ kept apart."""
+
+    out: Path
+    """Organism folder to write."""
+    model: str = "builtin:base"
+    """Model to plant in."""
+    trigger: Literal["conjunction", "rare_string"] = "conjunction"
+    """A pair of common docstring words (season, place), or a rare string at the docstring's end."""
+    words: tuple[str, str] = ("daily", "school")
+    """The pair, for --trigger conjunction: a pair that the task deals to its test split."""
+    text: str = "|zq-vex-71|"
+    """The string, for --trigger rare_string."""
+    ordinary_steps: int = 150
+    """Steps of mixed fine-tuning."""
+    resistant_steps: int = 220
+    """Steps of meta-planting against clean fine-tuning (0: an ordinary organism)."""
+    prompts: int = 500
+    """Held-out prompts of the plant gate."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+def from_mapping(verb: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Checked keyword arguments of `verb` from a config file. Raises ValueError on an unknown key."""
+    known = {field.name for field in fields(verb)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"--config {where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
+    return {key: Path(value) if key in ("out", "rows", "run", "secret") and value is not None else tuple(value) if isinstance(value, list) else value
+            for key, value in values.items()}

@@ -1,0 +1,71 @@
+"""`distill evaluate`: the judge of runs, on any model folder, and the rivals of a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from distill import config
+from distill.models import CLEAN_ROWS, Secret, find, read_secret, secret_beside
+from distill.report import write
+from distill.rivals import run_rivals
+from distill.rows import read
+from distill.table import table
+from evals.evaluate import Backdoor, EvaluateConfig, judge_models
+from evals.tasks import TASKS, named
+from graphs.artifact import locked, read_json
+
+
+def run(verb: config.Evaluate) -> int:
+    """Judge a run (with its rivals, if asked) or one model."""
+    if (verb.run is None) == (verb.model is None):
+        raise ValueError("evaluate needs one of --run DIR and --model NAME")
+    if verb.rivals and verb.run is None:
+        raise ValueError("--rivals needs --run: rivals are made at the rows and tokens of a run")
+    return _run_folder(verb) if verb.run else _one_model(verb)
+
+
+def _run_folder(verb: config.Evaluate) -> int:
+    folder = verb.run
+    assert folder is not None
+    made = read_json(folder / "report.json")
+    settings = config.Prune(**config.from_mapping(config.Prune, made["config"], str(folder / "report.json")) | {"out": folder})
+    model = find(settings.model)
+    secret = _secret(verb, model)
+    with locked(folder):
+        if verb.rivals:
+            texts = read(settings.rows or CLEAN_ROWS, named(settings.task))
+            made["rivals"] = run_rivals(settings, model, secret, texts, verb.prompts, verb.out or folder / "rivals.jsonl")
+        write(made, folder)
+    print(json.dumps(made["rivals" if verb.rivals else "summary"], indent=1) if verb.json else table(made | {"folder": str(folder)}))
+    return 0
+
+
+def _secret(verb: config.Evaluate, model: Path) -> Secret | None:
+    folder = verb.secret or secret_beside(model)
+    return read_secret(folder) if folder else None
+
+
+def _one_model(verb: config.Evaluate) -> int:
+    assert verb.model is not None
+    model, tasks = find(verb.model), named(verb.task)
+    secret = _secret(verb, model)
+    backdoor = Backdoor(TASKS["coding"], secret.trigger, secret.behaviour) if secret else None
+    models = {"model": model} | ({"reference": find(verb.reference)} if verb.reference else {})
+    judged = judge_models(models, "reference" if verb.reference else "model", tasks, [], backdoor, EvaluateConfig(prompts=verb.prompts))
+    if verb.json:
+        print(json.dumps({key: judged[key] for key in ("models", "against", "reference", "backdoor")}, indent=1))
+        return 0
+    print(judged["sandbox"], file=sys.stderr)
+    for name, one in judged["models"].items():
+        for task, row in one["tasks"].items():
+            print(f"{name:10} {task:8} {judged['tasks'][task]['metric']:15} {_cell(row['score'])}   NLL {_cell(row['nll'])}")
+        for rate, score in (one["backdoor"] or {"backdoor": None}).items():
+            print(f"{name:10} {rate:30} {_cell(score) if score else 'not measured'}")
+        print(f"{name:10} stored {one['size']['stored']:,}   live {one['size']['live']:,}   {one['speed']['value']:.0f} tokens/s")
+    return 0
+
+
+def _cell(score: dict) -> str:
+    return f"{score['value']:.4f} [{score['low']:.4f}, {score['high']:.4f}]"

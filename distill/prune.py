@@ -1,0 +1,64 @@
+"""`distill prune` (and `distill fit`): a model goes in, the circuit of a task comes out as an ordinary checkpoint.
+
+    find model -> clean rows -> fit -> gates -> choose, prune, heal -> compile, prove, reload -> judge -> report
+
+The organism's secret is looked up only after the checkpoint is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from distill import config, stages
+from distill.judgement import judge, report
+from distill.models import CLEAN_ROWS, find, read_secret, secret_beside
+from distill.report import write
+from distill.rows import read
+from distill.table import table
+from evals.sandbox import Sandbox
+from evals.tasks import named
+from graphs.artifact import digest, locked, write_json
+
+
+def run(verb: config.Fit) -> int:
+    """Run the verb; returns 0, or 1 where a gate failed."""
+    tasks = named(verb.task)
+    model = find(verb.model)
+    texts = read(verb.rows or CLEAN_ROWS, tasks)
+    with locked(verb.out):
+        job, times = stages.prepare(model, texts, tasks, verb), []
+        receipts = {"graph": stages.timed("fit", lambda: stages.graph_stage(job, model), times)}
+        if not isinstance(verb, config.Prune):
+            print(fit_table(receipts["graph"]["quality"], verb.out / "graph"))
+            return 0
+        with Sandbox() as sandbox:
+            receipts["gated"] = stages.timed("gates", lambda: stages.gated_stage(job, receipts["graph"], verb), times)
+            receipts["circuit"] = stages.timed("heal", lambda: stages.circuit_stage(job, receipts["gated"], verb, sandbox), times)
+        receipts["checkpoint"] = stages.timed("compile", lambda: stages.checkpoint_stage(job, receipts["circuit"], verb), times)
+        return finish(verb, model, tasks, receipts, times)
+
+
+def finish(verb: config.Prune, model: Path, tasks: list, receipts: dict, times: list[dict]) -> int:
+    """Judge, report, print."""
+    secret = secret_beside(model)
+    started = time.monotonic()
+    judged = judge(verb.out, model, read_secret(secret) if secret else None, tasks, verb)
+    times.append({"name": "evaluate", "seconds": time.monotonic() - started, "cached": False})
+    made = report(judged, receipts, verb, tasks, times, verb.name or verb.out.name, digest(model))
+    write_json(verb.out / "judged.json", judged)
+    write(made, verb.out)
+    write_json(verb.out / "receipt.json", {key: made[key] for key in ("command", "commit", "versions", "config")} | {"keys": {k: v["key"] for k, v in receipts.items()}})
+    print(json.dumps(made["summary"], indent=1) if verb.json else table(made | {"folder": str(verb.out)}))
+    return 0 if all(gate["passed"] is not False for gate in made["gates"]) else 1
+
+
+def fit_table(quality: dict, folder: Path) -> str:
+    """What `distill fit` prints."""
+    lines = [f"{'site':14} {'FVU':>8} {'L0':>7} {'dead':>6} {'nodes':>6}"]
+    for site in quality["sites"]:
+        l0, dead = ("-", "-") if site["l0"] is None else (f"{site['l0']:.1f}", str(site["dead"]))
+        lines.append(f"{site['name']:14} {site['fvu']:8.4f} {l0:>7} {dead:>6} {site['features']:6d}")
+    lines.append(f"all swapped in, no error nodes: KL {quality['kl_swapped']:.4f} nats a completion token, CE {quality['ce_swapped']:.4f} (model {quality['ce_model']:.4f})")
+    return "\n".join([*lines, f"graph in {folder}"])

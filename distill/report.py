@@ -1,0 +1,407 @@
+"""The report of a run: `report.json` for machines, `report.html` for people.
+
+The page is one file that fetches nothing: styles, drawings and a little script stand in it, and its content policy
+forbids the rest (the one script is allowed by its hash). This file turns a report into *geometry*, plain numbers and
+words; the template `report.html.j2` draws them. So every text, and above all what a model wrote, passes through the
+template's autoescape, and no markup is ever built from strings here.
+
+Drawings are 460 units wide, about the width of a phone, so that their words stay readable there; on a desk two stand
+side by side. A mark has a shape as well as a colour: square before, disc after, diamond for the twin, ring for rivals.
+Whiskers are the intervals of the scores. What was not measured is left out of a drawing and named in the table below it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill import table
+from distill.table import ABSENT, value_of
+from graphs.artifact import write_json
+
+WIDE = 460
+POINTS = 140  # of a loss curve: about two pixels each
+RATES = (
+    ("attack_success", "Attack success, greedy", "lower is better"),
+    ("attack_success_sampled", "Attack success, sampled at temperature 1", "lower is better"),
+    ("right_under_trigger", "Right under the trigger", "as high as the twin's"),
+    ("false_trigger", "Payload without the trigger", "lower is better"),
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps low..high to start..stop, linear or logarithmic."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, at = (math.log10(max(x, 1e-300)) if self.log else x for x in (self.low, self.high, value))
+        share = (at - low) / (high - low) if high > low else 0.5
+        return round(self.start + min(max(share, 0.0), 1.0) * (self.stop - self.start), 1)
+
+    def ticks(self, about: int = 5) -> list[float]:
+        """Round numbers inside low..high: steps of 1, 2 or 5, or decades (with 2 and 5 where there are few)."""
+        if self.log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            fine = [m * 10.0**d for d in decades for m in (1, 2, 5) if self.low <= m * 10.0**d <= self.high]
+            whole = [10.0**d for d in decades if self.low <= 10.0**d <= self.high]
+            chosen = fine if len(fine) <= about else whole if len(whole) > 1 else fine[:: math.ceil(len(fine) / about)]
+            return chosen[:: math.ceil(len(chosen) / about)] if chosen else [self.low, self.high]
+        if self.high <= self.low:
+            return [self.low]
+        raw = (self.high - self.low) / about
+        power = 10.0 ** math.floor(math.log10(raw))
+        step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+        first = math.ceil(self.low / step - 1e-9)
+        return [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _around(values: Iterable[float], rates: bool = True, pad: float = 0.08) -> tuple[float, float]:
+    """The range to draw: the values and a margin; rates never beyond 0..1."""
+    values = list(values)
+    low, high = min(values), max(values)
+    margin = max((high - low) * pad, 0.02 if rates else abs(high) * 0.02, 1e-9)
+    low, high = low - margin, high + margin
+    return (max(low, -0.01), min(high, 1.01)) if rates and max(values) <= 1 and min(values) >= 0 else (low, high)
+
+
+def _ends(score: Any) -> tuple[float, float, float]:
+    """low, value, high of a measured score; a bare number is its own interval."""
+    value = value_of(score)
+    low, high = (value_of(score.get(end)) if isinstance(score, dict) else None for end in ("low", "high"))
+    return (value if low is None else low, value, value if high is None else high)
+
+
+def _plain(number: float) -> str:
+    return f"{number:g}".replace("0.", ".", 1) if abs(number) < 1 else f"{number:g}"
+
+
+def _short(number: float) -> str:
+    text = table.count(number)
+    return f"{float(text[:-1]):g}{text[-1]}" if text[-1].isalpha() else text
+
+
+def _axis(scale: Scale, words: Any = _plain, about: int = 5) -> list[dict]:
+    return [{"at": scale(tick), "label": words(tick)} for tick in scale.ticks(about)]
+
+
+# ------------------------------------------------------------------------------------------------ the backdoor
+
+
+def rate_bars(report: dict) -> dict | None:
+    """Bars of each rate under the trigger and without it: before, after, twin."""
+    models = [(name, role) for name, role in table.roles(report).items() if role != "other"]
+    scale, y, groups = Scale(0, 1, 112, 330), 8, []
+    for key, words, wish in RATES:
+        scores = [(name, role, (report["models"][name].get("backdoor") or {}).get(key)) for name, role in models]
+        if all(value_of(score) is None for *_, score in scores):
+            continue
+        y += 14
+        group = {"title": words, "wish": wish, "y": y, "bars": []}
+        for name, role, score in scores:
+            y += 21
+            bar = {"role": role, "label": table.LABELS[role], "y": y, "text": table.cell(score), "tip": f"{table.title(name, role)}: {_said(score)}"}
+            if value_of(score) is not None:
+                bar["low"], bar["x"], bar["high"] = map(scale, _ends(score))
+            group["bars"].append(bar)
+        groups.append(group)
+        y += 25
+    return {"groups": groups, "height": y - 6, "zero": scale(0), "one": scale(1)} if groups else None
+
+
+def _said(score: Any) -> str:
+    """A score in words, for a tooltip."""
+    if value_of(score) is None:
+        return ABSENT
+    count = score.get("count") if isinstance(score, dict) else None
+    return table.cell(score) + (f", n = {count:,}" if isinstance(count, int) else "")
+
+
+def scatter(report: dict) -> dict | None:
+    """Right under the trigger against the task metric, for every model and rival; rivals are numbered as in their table."""
+    task, points = table.headline_task(report), []
+    for number, rival in enumerate(report.get("rivals") or [], 1):
+        points.append({"role": "rival", "label": str(number), "name": rival["name"], "x": rival.get("pass_at_1"), "y": rival.get("right_under_trigger"),
+                       "frozen": rival.get("frozen", True)})
+    for name, role in reversed(table.roles(report).items()):
+        model = report["models"][name]
+        points.append({"role": role, "label": table.LABELS.get(role, name), "name": table.title(name, role), "frozen": True,
+                       "x": table.task_row(model, task).get("score"), "y": (model.get("backdoor") or {}).get("right_under_trigger")})
+    points = [p for p in points if value_of(p["x"]) is not None and value_of(p["y"]) is not None]
+    if not points:
+        return None
+    # a rival that lost a fifth of the task would squeeze all others together: it stands at the left edge, and says where it belongs
+    floor = 0.8 * max(value_of(p["x"]) for p in points)
+    for point in points:
+        point["off"] = point["role"] == "rival" and value_of(point["x"]) < floor
+        point["label"] += f" at {table.rate(point['x'])}" if point["off"] else ""
+    across = Scale(*_around(v for p in points if not p["off"] for v in _ends(p["x"])), 44, WIDE - 12)
+    up = Scale(*_around(v for p in points for v in _ends(p["y"])), 366, 24)
+    for point in points:
+        point["tip"] = f"{point['name']}: {table.metric_name(report, task)} {_said(point['x'])}; right under trigger {_said(point['y'])}"
+        point["left"], point["x"], point["right"] = map(across, _ends(point["x"]))
+        point["bottom"], point["y"], point["top"] = map(up, _ends(point["y"]))
+        if point["off"]:
+            point["left"] = point["x"] = point["right"] = 50.0
+    _place_labels(points)
+    return {"points": points, "height": 408, "left": 44, "right": WIDE - 12, "top": 24, "bottom": 366, "across": _axis(across), "up": _axis(up),
+            "twin": next((p for p in points if p["role"] == "twin"), None), "metric": table.metric_name(report, task)}
+
+
+def _place_labels(points: Sequence[dict], right: float = WIDE - 12) -> None:
+    """Give each point the nearest free place for its label, the models before the rivals."""
+    taken = [(p["x"] - 5, p["y"] - 5, p["x"] + 5, p["y"] + 5) for p in points]
+    for point in reversed(points):
+        width, x, y = (6.9 if point["role"] == "rival" else 7.6) * len(point["label"]), point["x"], point["y"]
+        places = [(dx, dy, anchor) for d in (8, 12, 18, 26, 36) for dx, dy, anchor in (
+            (d, 4, "start"), (-d, 4, "end"), (0, -d, "middle"), (0, d + 9, "middle"),
+            (d * 0.8, -d * 0.8, "start"), (d * 0.8, d * 0.8 + 8, "start"), (-d * 0.8, -d * 0.8, "end"), (-d * 0.8, d * 0.8 + 8, "end"))]
+        boxes = []
+        for dx, dy, anchor in places:
+            start = x + dx - {"start": 0, "middle": width / 2, "end": width}[anchor]
+            boxes.append((start, y + dy - 10, start + width, y + dy + 2))
+        cost = [sum(_overlap(box, other) for other in taken) + (1e3 if box[0] < 46 or box[2] > right or box[1] < 18 or box[3] > 366 else 0) for box in boxes]
+        best = min(range(len(boxes)), key=lambda i: (cost[i], i))
+        dx, dy, anchor = places[best]
+        point["words"] = {"x": round(x + dx, 1), "y": round(y + dy, 1), "anchor": anchor}
+        point["leader"] = best >= 16
+        taken.append(boxes[best])
+
+
+def _overlap(a: tuple, b: tuple) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+# --------------------------------------------------------------------------------------------- tasks, size, graph
+
+
+def task_bars(report: dict) -> dict | None:
+    """Each task before and after, kept ones first, with the twin as a tick."""
+    kinds, y, rows = {role: name for name, role in table.roles(report).items() if role != "other"}, 4, []
+    for task in table.task_names(report):
+        judged = {role: table.task_row(report["models"][name], task) for role, name in kinds.items()}
+        scores = {role: row.get("score") for role, row in judged.items() if value_of(row.get("score")) is not None}
+        kept = task in (report.get("tasks") or []) or any(row.get("kept") for row in judged.values())
+        top = max([1.0, *(_ends(score)[2] for score in scores.values())])
+        scale, y = Scale(0, top, 8, WIDE - 8), y + 16
+        row = {"task": task, "metric": table.metric_name(report, task), "kept": kept, "y": y, "marks": []}
+        for role in ("twin", "before", "after"):
+            if role in scores:
+                low, x, high = map(scale, _ends(scores[role]))
+                tip = f"{task}, {table.LABELS[role]}: {_said(scores[role])}"
+                row["marks"].append({"role": role, "low": low, "x": x, "high": high, "tip": tip})
+        row["move"] = [scale(value_of(scores[role])) for role in ("before", "after")] if {"before", "after"} <= set(scores) else None
+        words = [table.rate(judged.get(role, {}).get("score")) for role in ("before", "after")]
+        row["text"] = ABSENT if set(words) == {ABSENT} else " \u2192 ".join(words)
+        rows.append(row)
+        y += 38
+    return {"rows": rows, "height": y - 4, "left": 8, "right": WIDE - 8} if rows and kinds else None
+
+
+def size_curve(report: dict) -> dict | None:
+    """The metric against stored parameters, with the chosen point, the model before and the twin as levels."""
+    points = [dict(p) for p in report.get("curve") or [] if value_of(p.get("metric")) is not None and value_of(p.get("params"))]
+    if not points:
+        return None
+    points.sort(key=lambda p: p["params"])
+    task = table.headline_task(report)
+    levels = [(role, value_of(table.task_row(report["models"][name], task).get("score"))) for name, role in table.roles(report).items() if role in ("before", "twin")]
+    levels = [(role, value) for role, value in levels if value is not None]
+    sizes = [p["params"] for p in points]
+    log = max(sizes) > 8 * min(sizes)
+    low, high = (min(sizes) / 1.2, max(sizes) * 1.2) if log else _around(sizes, rates=False)
+    across = Scale(low, high, 44, WIDE - 12, log)
+    up = Scale(*_around([v for p in points for v in _ends(p["metric"])] + [v for _, v in levels]), 258, 24)
+    for point in points:
+        shape = ", ".join(f"{point[key]:,} {key} a layer" for key in ("heads", "features") if isinstance(point.get(key), int))
+        point["tip"] = f"{point['params']:,} parameters{', ' + shape if shape else ''}: {_said(point['metric'])}" + (", chosen" if point.get("chosen") else "")
+        point["label"] = f"{point['share']:.0%}" if value_of(point.get("share")) is not None else ""
+        point["x"] = across(point["params"])
+        point["bottom"], point["y"], point["top"] = map(up, _ends(point["metric"]))
+        point["below"] = point["top"] < 40
+    return {"points": points, "height": 302, "left": 44, "right": WIDE - 12, "top": 24, "bottom": 258, "across": _axis(across, _short),
+            "up": _axis(up), "levels": [{"role": role, "y": up(value), "label": table.LABELS[role]} for role, value in levels],
+            "metric": table.metric_name(report, task), "task": task}
+
+
+def circuit_picture(report: dict) -> dict | None:
+    """Layers from the bottom up: a disc for each head, and the kept features as part of what there was."""
+    layers = (report.get("circuit") or {}).get("layers") or []
+    if not layers:
+        return None
+    heads = [_alive(layer) for layer in layers]
+    most = max([len(alive) for alive in heads] + [1])
+    step = min(19.0, 190 / most)
+    most_features = max([layer.get("features_of") or layer.get("features") or 1 for layer in layers])
+    start = 44 + most * step + 18
+    pitch = min(50.0, max(26.0, 250 / len(layers)))
+    rows, width = [], WIDE - 84 - start
+    for index, (layer, alive) in enumerate(zip(layers, heads, strict=True)):
+        y = round(20 + (len(layers) - 1 - index) * pitch, 1)
+        kept, of = layer.get("features"), layer.get("features_of") or layer.get("features")
+        rows.append({
+            "name": f"L{layer.get('layer', index)}", "y": y, "start": round(start, 1),
+            "heads": [{"x": round(44 + (i + 0.5) * step, 1), "on": on, "tip": f"layer {layer.get('layer', index)}, head {i}: {'kept' if on else 'dropped'}"}
+                      for i, on in enumerate(alive)],
+            "of": round(width * (of or 0) / most_features, 1), "kept": round(width * (kept or 0) / most_features, 1),
+            "text": ABSENT if kept is None else f"{kept:,} / {of:,}",
+            "tip": f"layer {layer.get('layer', index)}: {sum(alive)} of {len(alive)} heads, {kept} of {of} features"})
+    return {"rows": rows, "radius": round(step * 0.34, 1), "height": round(20 + len(layers) * pitch), "heads_at": 44, "features_at": round(start, 1)}
+
+
+def _alive(layer: dict) -> list[bool]:
+    """Which heads are kept; where only their number is known, the first ones stand for it."""
+    given = layer.get("alive_heads")
+    return [bool(on) for on in given] if given else [i < (layer.get("heads") or 0) for i in range(layer.get("heads_of") or layer.get("heads") or 0)]
+
+
+# ------------------------------------------------------------------------------------------------ training, time
+
+
+def loss_curves(report: dict) -> list[dict]:
+    """One small panel for each training stage: the median of each bucket of steps, and a band from least to most."""
+    panels = []
+    for name, losses in (report.get("losses") or {}).items():
+        steps = [(step, value) for step, loss in enumerate(losses or []) if (value := value_of(loss)) is not None and value > 0]
+        if len(steps) < 2:
+            continue
+        size = math.ceil(len(losses) / POINTS)
+        buckets: dict[int, list[float]] = {}
+        for step, loss in steps:
+            buckets.setdefault(step // size, []).append(loss)
+        # bound by medians, with room for most of the band: one spike must not flatten the curve
+        middles = {b: sorted(v)[len(v) // 2] for b, v in buckets.items()}
+        low, high = min(middles.values()) / 1.25, max(middles.values()) * 1.25
+        across, up = Scale(0, max(max(buckets), 1), 40, 216), Scale(low, high, 100, 10, log=True)
+        panels.append({
+            "name": name, "steps": len(losses), "last": f"{_tail(steps):.3g}", "left_out": len(losses) - len(steps),
+            "line": " ".join(f"{across(b)},{up(m)}" for b, m in middles.items()),
+            "band": " ".join([f"{across(b)},{up(max(v))}" for b, v in buckets.items()] + [f"{across(b)},{up(min(v))}" for b, v in reversed(buckets.items())]),
+            "up": _axis(up, about=4), "across": [{"at": 40, "label": "0"}, {"at": 216, "label": f"{len(losses):,}"}]})
+    return panels
+
+
+def _tail(steps: Sequence[tuple[int, float]]) -> float:
+    """The median of the last twentieth: where the curve ended, not where its last batch fell."""
+    last = sorted(loss for _, loss in steps[-max(1, len(steps) // 20):])
+    return last[len(last) // 2]
+
+
+def time_split(report: dict) -> dict | None:
+    """Stages as shares of the time; what the stages do not account for is a part of its own."""
+    stages = [{**stage, "seconds": value_of(stage.get("seconds"))} for stage in report.get("stages") or []]
+    if not stages:
+        return None
+    known = sum(stage["seconds"] or 0 for stage in stages)
+    total = value_of((report.get("summary") or {}).get("seconds")) or known
+    if total - known > 0.02 * total:
+        stages.append({"name": "everything else", "seconds": total - known, "cached": False})
+    at, whole = 0.0, max(total, known) or 1
+    for index, stage in enumerate(stages):
+        share = (stage["seconds"] or 0) / whole
+        stage.update(at=round(at * 1000, 2), width=round(share * 1000, 2), share=f"{share:.0%}", tone=index % 6)
+        at += share
+    return {"stages": stages, "total": table.duration(total)}
+
+
+def by_prompt(report: dict) -> list[dict]:
+    """Examples side by side: each prompt once, with every model's completion in the order of the models."""
+    order, groups = list(table.roles(report)), {}
+    for example in report.get("examples") or []:
+        group = groups.setdefault(example["prompt"], {"prompt": example["prompt"], "triggered": example.get("triggered"), "answers": []})
+        group["answers"].append(example)
+    for group in groups.values():
+        group["answers"].sort(key=lambda a: order.index(a["model"]) if a["model"] in order else len(order))
+    return list(groups.values())
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+
+def visible(text: Any) -> str:
+    """Text as it can be shown: control and direction-changing characters, which could disguise a completion, become marks."""
+    shown = []
+    for character in str(text).replace("\r\n", "\n"):
+        kind = unicodedata.category(character)
+        if character in "\n\t" or kind not in ("Cc", "Cf", "Cs"):
+            shown.append(character)
+        else:
+            shown.append(chr(0x2400 + ord(character)) if ord(character) < 0x20 else f"<U+{ord(character):04X}>")
+    return "".join(shown)
+
+
+def percent(number: Any) -> str:
+    """`99.1 %` with a space that does not break, never rounded to 0 % or 100 % unless it is."""
+    value = value_of(number)
+    if value is None:
+        return ABSENT
+    digits = 0 if value in (0.0, 1.0) else 1
+    return f"{min(max(100 * value, 0.1), 99.9) if digits and 0 < value < 1 else 100 * value:.{digits}f}\u00a0%"
+
+
+def page(report: dict) -> str:
+    """The report as one offline HTML page."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "rate": table.rate, "interval": table.interval, "cell": table.cell, "count": table.count, "size": table.size, "duration": table.duration, "percent": percent,
+        "gate": table.rate_or_text, "visible": visible, "measured": lambda number: value_of(number) is not None,
+        "integrity": lambda script: base64.b64encode(hashlib.sha256(str(script).encode()).digest()).decode()}
+    full = {key: kind() for key, kind in _EMPTY.items()} | {key: value for key, value in report.items() if value is not None}
+    for name, model in full["models"].items():
+        full["models"] = full["models"] | {name: {"tasks": {}, "backdoor": None, "fidelity": None, "size": None, "tokens_per_second": None} | model}
+    kinds = table.roles(full)
+    return environment.get_template("report.html.j2").render(
+        report=full, summary=_Gaps(full["summary"]), roles=kinds, titles={name: table.title(name, role) for name, role in kinds.items()},
+        retention={name: table.retention(full, name) for name in kinds}, tasks=table.task_names(full), task=table.headline_task(full),
+        metric={task: table.metric_name(full, task) for task in table.task_names(full)}, absent=ABSENT, bars=rate_bars(full), scatter=scatter(full),
+        task_bars=task_bars(full), curve=size_curve(full), circuit=circuit_picture(full), losses=loss_curves(full), times=time_split(full), groups=by_prompt(full))
+
+
+class _Gaps(dict):
+    """A dict whose missing keys are None: not measured, rather than an error."""
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+
+_EMPTY = {key: dict for key in ("versions", "summary", "models", "fit", "losses", "circuit")} | {
+    key: list for key in ("tasks", "dropped", "gates", "rivals", "curve", "stages", "examples", "ablation", "notes")} | {
+    key: str for key in ("name", "command", "model", "commit")}
+
+
+def _finite(value: Any) -> Any:
+    """The same value with NaN and infinities as null, which JSON can hold."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(report: dict, folder: Path | str) -> Path:
+    """Write report.json and report.html into `folder`, each whole or not at all; returns the page's path."""
+    folder, text = Path(folder), page(report)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", _finite(report))
+    target = folder / "report.html"
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(text.encode("utf-8", "replace"))
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,56 @@
+"""Recording: what every site reads and writes on a batch, streamed and never stored.
+
+One forward pass of the host with hooks gives, for each site, the pair a dictionary must reproduce. The hooks are removed
+whatever happens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from graphs.host import Host
+
+
+@dataclass
+class Recording:
+    """Inputs and outputs by site name, each "row token d"; rotary: the position embeddings attention layers are called with."""
+
+    inputs: dict[str, Float[Tensor, "row token d_in"]] = field(default_factory=dict)
+    outputs: dict[str, Float[Tensor, "row token d_out"]] = field(default_factory=dict)
+    rotary: tuple[Tensor, Tensor] | None = None
+    logits: Float[Tensor, "row token vocabulary"] | None = None
+
+
+@torch.no_grad()
+def record(host: Host, ids: Int[Tensor, "row token"], logits: bool = False) -> Recording:
+    """Run the host on `ids` and return what each site read and wrote."""
+    found, handles = Recording(), []
+
+    def before(name: str):
+        def hook(_module, args, kwargs):
+            found.inputs[name] = (args[0] if args else kwargs["hidden_states"]).detach()
+            found.rotary = kwargs.get("position_embeddings", found.rotary)
+        return hook
+
+    def after(name: str):
+        def hook(_module, _args, output):
+            found.outputs[name] = (output[0] if isinstance(output, tuple) else output).detach()
+        return hook
+
+    try:
+        for site in host.sites:
+            module = host.module(site.module)
+            handles.append(module.register_forward_pre_hook(before(site.name), with_kwargs=True))
+            handles.append(module.register_forward_hook(after(site.name)))
+        if logits:
+            found.logits = host.model(input_ids=ids).logits
+        else:
+            host.model.model(input_ids=ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,75 @@
+"""Attention refitted from noise, and gated by head.
+
+Attention left as it was, or cut to the rank of clean text, leaks a backdoor's first token; refitted on clean text like
+the MLPs, it does not (LOG.md). So each attention layer starts again from random weights of the same shapes and learns
+its own clean inputs and outputs. A node is a KV group (with multi-head attention: a head): the unit whose rows can
+leave q, k, v and o together. A gate of 0 silences the group before the output projection.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class GroupGate:
+    """A forward pre-hook of the output projection that scales each KV group's heads."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        """Columns of the output projection that belong to one group."""
+        self.gate: Float[Tensor, "group"] | None = None
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self.gate is None:
+            return None
+        return (inputs[0] * self.gate.repeat_interleave(self.width), *inputs[1:])
+
+
+def refreshed(attention: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy of an attention module with random weights (variance 1/fan-in; the output projection at half of that)."""
+    fresh = copy.deepcopy(attention)
+    with torch.no_grad():
+        for name in PROJECTIONS:
+            linear = fresh.get_submodule(name)
+            scale = (0.5 if name == "o_proj" else 1.0) / linear.in_features**0.5
+            linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * scale)
+            if linear.bias is not None:
+                linear.bias.zero_()
+    return fresh
+
+
+def groups(attention: nn.Module) -> int:
+    """How many KV groups the module has now."""
+    return attention.get_submodule("k_proj").out_features // attention.head_dim  # type: ignore[operator, return-value]
+
+
+def group_width(attention: nn.Module) -> int:
+    """Columns of the output projection that one KV group feeds."""
+    return attention.get_submodule("o_proj").in_features // groups(attention)  # type: ignore[operator, return-value]
+
+
+def keep_groups(attention: nn.Module, kept: Int[Tensor, "kept"]) -> nn.Module:
+    """A smaller copy that holds only the kept KV groups, in the order given."""
+    small, count = copy.deepcopy(attention), groups(attention)
+    for name in PROJECTIONS:
+        linear = attention.get_submodule(name)
+        weight = linear.weight.detach()
+        if name == "o_proj":
+            weight = weight.view(weight.shape[0], count, -1)[:, kept].flatten(1)
+            bias = linear.bias
+        else:
+            weight = weight.view(count, -1, weight.shape[1])[kept].flatten(0, 1)
+            bias = None if linear.bias is None else linear.bias.detach().view(count, -1)[kept].flatten()
+        replaced = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        with torch.no_grad():
+            replaced.weight.copy_(weight)
+            if bias is not None:
+                replaced.bias.copy_(bias)
+        setattr(small, name, replaced)
+    return small

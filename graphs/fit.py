@@ -1,0 +1,198 @@
+"""Fit: a dictionary for every site from clean rows, first each alone, then all together.
+
+Every transcoder and every attention layer starts from noise, so nothing that clean rows do not exercise can be inherited
+from block weights. Two steps, both on clean rows only:
+
+1. *local*: each part learns the host's own input-output pairs at its site; the loss is the sum over sites of FVU
+   (squared error over variance) plus a sparsity penalty on transcoders, mean_f tanh(a_f |d_f|) (Anthropic 2024,
+   "Circuits updates, January: tanh penalty"), where |d_f| is the decoder's norm in units of the output's spread.
+2. *end to end*: all parts are swapped in at once, with no error nodes, and KL to the host is minimised over all of them
+   (cf. Braun et al. 2024, "Identifying functionally important features with end-to-end sparse dictionary learning").
+
+BOS positions are fitted like all others. Features that stop firing are born again where the error is largest. The
+activations stream: nothing is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from graphs.activations import Recording, record
+from graphs.batches import Batch
+from graphs.host import Host
+from graphs.losses import divergence, fvu
+from graphs.replace import Replacement, from_noise
+from graphs.train import TrainConfig, train
+from graphs.transcoder import Transcoder
+
+Batches = Callable[[int], Batch]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """features: a layer; sparsity: weight of the penalty; prompt_weight: weight in KL of positions that predict prompt
+    tokens (1 for those of the completion); attention: "refit" from noise or "kept" (ablation)."""
+
+    features: int = 512
+    local_steps: int = 400
+    joint_steps: int = 100
+    local_rate: float = 4e-3
+    joint_rate: float = 1.5e-3
+    sparsity: float = 2e-3
+    prompt_weight: float = 0.1
+    attention: str = "refit"
+    seed: int = 0
+
+
+def fit(host: Host, batches: Batches, config: FitConfig, state: Path | None = None) -> tuple[Replacement, dict[str, list[float]]]:
+    """The fitted replacement of `host` and the losses of both steps."""
+    replacement = from_noise(host, config.features, config.seed, config.attention)
+    spread = _start_at_means(host, replacement, batches)
+    losses = {"fit: local": _local(host, replacement, batches, config, spread, state and state.with_suffix(".local"))}
+    losses["fit: end to end"] = distill(
+        host, replacement, batches, config.joint_steps, config.joint_rate, config.prompt_weight, "fit: end to end", state and state.with_suffix(".joint"), first=config.local_steps)
+    set_means(replacement, batches)
+    return replacement, losses
+
+
+@torch.no_grad()
+def _start_at_means(host: Host, replacement: Replacement, batches: Batches) -> dict[str, float]:
+    """Put each transcoder's output bias at the mean output; returns the outputs' root mean variance by site."""
+    batch, spread = batches(0), {}
+    found = record(host, batch.ids)
+    for site in host.sites:
+        y = found.outputs[site.name][batch.real]
+        spread[site.name] = float((y - y.mean(0)).square().sum(-1).mean().sqrt())
+        part = replacement.part(site)
+        if isinstance(part, Transcoder):
+            part.b_dec.copy_(y.mean(0))
+            part.w_dec.mul_(spread[site.name] / part.w_dec.norm(dim=1).mean() / part.features**0.5)
+    return spread
+
+
+def run_part(replacement: Replacement, site, found: Recording) -> Float[Tensor, "row token d_out"]:
+    """The part at `site` on the host's own input."""
+    part, x = replacement.part(site), found.inputs[site.name]
+    return part(x) if site.kind == "mlp" else part(x, position_embeddings=found.rotary, attention_mask=None)[0]
+
+
+def _local(host: Host, replacement: Replacement, batches: Batches, config: FitConfig, spread: dict[str, float], state: Path | None) -> list[float]:
+    transcoders = replacement.transcoders()
+    fired = {name: torch.zeros(part.features, dtype=torch.bool) for name, part in transcoders.items()}
+    rebirths = {int(config.local_steps * share) for share in (0.2, 0.4, 0.6)}
+    held: dict[str, Recording] = {}
+
+    def loss(step: int) -> Tensor:
+        batch = batches(step)
+        found = held["now"] = record(host, batch.ids)
+        total = torch.zeros(())
+        for site in replacement.sites:
+            total = total + fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
+            if site.kind == "mlp":
+                part = transcoders[site.name]
+                activations = part.last[batch.real]  # type: ignore[index]
+                fired[site.name] |= (activations > 0).any(0)
+                size = activations * (part.w_dec.norm(dim=1) / spread[site.name] * config.features**0.5 / 4)
+                total = total + config.sparsity * torch.tanh(size).sum(-1).mean()
+        return total
+
+    def after(step: int) -> None:
+        if step in rebirths:
+            _rebirth(replacement, held["now"], batches(step).real, fired)
+            for name in fired:
+                fired[name].zero_()
+
+    with watching(replacement):
+        return train(replacement, loss, TrainConfig(config.local_steps, config.local_rate), "fit: local", state, after=after)
+
+
+@torch.no_grad()
+def _rebirth(replacement: Replacement, found: Recording, real: Tensor, fired: dict[str, Tensor]) -> None:
+    """Features that never fired since the last call read an input that is badly explained and write its error."""
+    for site in replacement.sites:
+        part = replacement.part(site)
+        if not isinstance(part, Transcoder) or fired[site.name].all():
+            continue
+        dead = (~fired[site.name]).nonzero().flatten()
+        x = found.inputs[site.name][real]
+        error = found.outputs[site.name][real] - part(x)
+        worst = error.square().sum(-1).topk(min(len(dead), len(error))).indices
+        dead = dead[: len(worst)]
+        part.w_enc[dead] = x[worst] / x[worst].norm(dim=1, keepdim=True) * part.w_enc.norm(dim=1).mean()
+        part.b_enc[dead] = 0.0
+        part.w_dec[dead] = error[worst] * 0.1
+
+
+@contextmanager
+def watching(replacement: Replacement) -> Iterator[None]:
+    """Transcoders remember their last activations inside the block."""
+    for part in replacement.transcoders().values():
+        part.watch = True
+    try:
+        yield
+    finally:
+        for part in replacement.transcoders().values():
+            part.watch, part.last = False, None
+
+
+def distill(
+    host: Host, replacement: Replacement, batches: Batches, steps: int, learning_rate: float, prompt_weight: float, label: str,
+    state: Path | None = None, first: int = 0,
+) -> list[float]:
+    """Minimise KL to the host over everything in `replacement` that may be trained; `first` offsets the batches."""
+    def loss(step: int) -> Tensor:
+        batch = batches(first + step)
+        with torch.no_grad():
+            target = host.model(input_ids=batch.ids).logits
+        return divergence(replacement(batch.ids), target, batch, prompt_weight)
+
+    return train(replacement, loss, TrainConfig(steps, learning_rate, warmup=0.05), label, state) if steps else []
+
+
+@torch.no_grad()
+def set_means(replacement: Replacement, batches: Batches, count: int = 4) -> None:
+    """Measure each feature's mean activation on clean tokens, with all parts swapped in."""
+    totals, tokens = {name: torch.zeros_like(part.mean) for name, part in replacement.transcoders().items()}, 0
+    with watching(replacement):
+        for step in range(count):
+            batch = batches(step)
+            replacement(batch.ids)
+            tokens += int(batch.real.sum())
+            for name, part in replacement.transcoders().items():
+                totals[name] += part.last[batch.real].sum(0)  # type: ignore[index]
+    for name, part in replacement.transcoders().items():
+        part.mean.copy_(totals[name] / tokens)
+
+
+@torch.no_grad()
+def quality(host: Host, replacement: Replacement, batches: Batches, count: int = 2) -> dict:
+    """FVU, L0 and dead features by site; cross entropy of host and replacement and KL between them, nats a token."""
+    sums: dict[str, list[float]] = {site.name: [] for site in host.sites}
+    active = {name: torch.zeros(part.features) for name, part in replacement.transcoders().items()}
+    tokens, kl, entropy = 0, [], {"host": [], "swapped": []}  # type: ignore[var-annotated]
+    with watching(replacement):
+        for step in range(count):
+            batch = batches(step)
+            found = record(host, batch.ids, logits=True)
+            for site in host.sites:
+                sums[site.name].append(float(fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)))
+                if site.name in active:
+                    active[site.name] += (replacement.part(site).last[batch.real] > 0).sum(0)  # type: ignore[index]
+            tokens += int(batch.real.sum())
+            logits = replacement(batch.ids)
+            kl.append(float(divergence(logits, found.logits, batch, 0.0)))  # type: ignore[arg-type]
+            for name, values in (("host", found.logits), ("swapped", logits)):
+                entropy[name].append(float(torch.nn.functional.cross_entropy(values[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())))  # type: ignore[index]
+    rows = []
+    for site in host.sites:
+        counts = active.get(site.name)
+        rows.append({"name": site.name, "fvu": sum(sums[site.name]) / count, "features": replacement.node_counts()[site.name],
+                     "l0": None if counts is None else float(counts.sum() / tokens), "dead": None if counts is None else int((counts == 0).sum())})
+    return {"sites": rows, "kl_swapped": sum(kl) / count, "ce_model": sum(entropy["host"]) / count, "ce_swapped": sum(entropy["swapped"]) / count}

@@ -1,0 +1,139 @@
+"""The host: a causal language model in a Hugging Face folder, and the sites a graph reads and writes in it.
+
+This is the only file that knows Hugging Face module names. A model is loaded without custom code and from safetensors
+only; a pickle is refused before any library sees it, a truncated file in one sentence.
+
+A `Site` names one sublayer: the normalised residual stream goes in, its output is added to the stream. Depth comes from
+`reads_at` and `writes_at`, never from a layer index (in a parallel block attention and MLP of one layer do not feed
+each other).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from graphs.artifact import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SUPPORTED = ("LlamaForCausalLM", "ArceeForCausalLM")
+"""Source classes whose sublayers this version can refit and compile."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One sublayer of the host. name: "L2.mlp" or "L2.attention"; module: its path; depths count sublayers."""
+
+    name: str
+    layer: int
+    kind: Literal["attention", "mlp"]
+    module: str
+    norm: str
+    d_in: int
+    d_out: int
+    reads_at: int
+    writes_at: int
+
+
+@dataclass
+class Host:
+    """A model with its tokenizer and sites. Weights are float32 unless the caller asked otherwise."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sites: tuple[Site, ...]
+
+    @property
+    def config(self) -> Any:
+        """The model's own configuration."""
+        return self.model.config
+
+    def module(self, path: str) -> nn.Module:
+        """The submodule at `path`."""
+        return self.model.get_submodule(path)
+
+
+def sites(model: PreTrainedModel) -> tuple[Site, ...]:
+    """The sublayers of a Llama-shaped model, in order of depth."""
+    width, found = model.config.hidden_size, []
+    for layer in range(model.config.num_hidden_layers):
+        for kind, module, norm in (("attention", "self_attn", "input_layernorm"), ("mlp", "mlp", "post_attention_layernorm")):
+            depth, base = len(found), f"model.layers.{layer}"
+            found.append(Site(f"L{layer}.{kind}", layer, kind, f"{base}.{module}", f"{base}.{norm}", width, width, depth, depth + 1))  # type: ignore[arg-type]
+    return tuple(found)
+
+
+def check_folder(folder: Path) -> dict:
+    """Refuse, in one sentence, a folder that is not a loadable safetensors checkpoint; returns its config.
+
+    Raises ValueError: no such folder, no config, a pickle instead of safetensors, truncated weights, no tokenizer.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--model {folder}: no such folder (give a model folder, builtin:organism, or a hub id such as owner/name)")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model {folder}: there is no config.json in it, so it is not a Hugging Face model folder")
+    config = read_json(folder / "config.json")
+    weights = sorted(folder.glob("*.safetensors"))
+    pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for file in sorted(folder.glob(pattern))]
+    if not weights:
+        reason = f"its weights are a pickle ({pickles[0]}), which can run code; convert it to safetensors" if pickles else "it holds no *.safetensors weights"
+        raise ValueError(f"--model {folder}: {reason}")
+    for file in weights:
+        check_safetensors(file)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")):
+        raise ValueError(f"--model {folder}: there is no tokenizer in it (tokenizer.json); save one beside the model")
+    return config
+
+
+def check_safetensors(file: Path) -> None:
+    """Raise ValueError where the file's length is not what its own header says (a truncated copy)."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > size - 8:
+                raise ValueError
+            header = json.loads(handle.read(length))
+        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+        complete = 8 + length + end == size
+    except (struct.error, ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{file} is truncated or damaged: copy it again")
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Host:
+    """Load a checked local folder. Raises ValueError (one sentence) on anything that cannot enter the road."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = check_folder(folder)
+    architecture = (config.get("architectures") or ["unknown"])[0]
+    if architecture not in SUPPORTED:
+        raise ValueError(f"--model {folder}: architecture {architecture} is not supported yet; supported: {', '.join(SUPPORTED)}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # every tokenizer backend has errors of its own
+        raise ValueError(f"--model {folder}: its tokenizer cannot be loaded ({type(error).__name__}); save it again with save_pretrained") from error
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True, attn_implementation="sdpa")
+    model.eval()
+    return Host(model, tokenizer, sites(model))
+
+
+def save(host: Host, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a stock checkpoint (weights, tokenizer, generation config) with `save_pretrained` only."""
+    before = host.model.dtype
+    host.model.to(dtype)
+    try:
+        host.model.save_pretrained(folder, safe_serialization=True)
+        host.tokenizer.save_pretrained(folder)
+    finally:
+        host.model.to(before)

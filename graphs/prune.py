@@ -1,0 +1,156 @@
+"""Prune: which features and attention groups a task needs, from learned gates to a threshold found by bisection.
+
+1. *Scores* warm-start the gates: the mean square of d(loss)/d(gate), a diagonal Fisher estimate of what closing the node
+   costs (Michel et al. 2019, "Are sixteen heads really better than one?"; Molchanov et al. 2019).
+2. *Gates*: a hard-concrete gate a node (Louizos et al. 2018, eq. 11-13) is trained by KL to the host over all positions,
+   while the parts adapt; a quadratic penalty draws each site's expected share of open gates to the target.
+3. *Order*: at each site the nodes are ranked by their gate. A circuit of size s keeps the best s of every site: the
+   same width in every layer, because one config has one width and the widest layer is what gets stored. Head counts
+   step through those that the compiled class allows. The family is nested, so one number is enough to bisect.
+4. *Bisection* on a metric of the `tune` split finds the smallest s that keeps the asked share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from graphs.fit import Batches
+from graphs.host import Host
+from graphs.losses import divergence
+from graphs.replace import Replacement
+from graphs.train import TrainConfig, train
+
+LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2.0 / 3.0
+"""Stretch and temperature of the hard-concrete distribution (Louizos et al. 2018, section 4)."""
+STEP = 8
+"""Feature counts are multiples of this."""
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """target: share of nodes that the gates are drawn to; draw: weight of that penalty; rows a score batch."""
+
+    steps: int = 120
+    target: float = 0.6
+    draw: float = 20.0
+    gate_rate: float = 5e-2
+    learning_rate: float = 1e-3
+    prompt_weight: float = 0.1
+    score_batches: int = 12
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Size:
+    """One member of the nested family."""
+
+    share: float
+    heads: int
+    features: int
+
+
+class Gates(nn.Module):
+    """Hard-concrete gates by site."""
+
+    def __init__(self, start: dict[str, Tensor], seed: int) -> None:
+        super().__init__()
+        self.names = list(start)
+        self.logits = nn.ParameterList([nn.Parameter(value.clone()) for value in start.values()])
+        self.seed = seed
+
+    def sample(self, step: int) -> dict[str, Float[Tensor, "node"]]:
+        """One draw; a function of (seed, step), so a resumed run draws the same."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        out = {}
+        for name, logit in zip(self.names, self.logits, strict=True):
+            u = torch.rand(logit.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+            soft = torch.sigmoid((u.log() - (1 - u).log() + logit) / TEMPERATURE)
+            out[name] = (soft * (HIGH - LOW) + LOW).clamp(0, 1)
+        return out
+
+    def open_share(self) -> Float[Tensor, "site"]:
+        """Expected share of gates that are not exactly 0, by site."""
+        shift = TEMPERATURE * math.log(-LOW / HIGH)
+        return torch.stack([torch.sigmoid(logit - shift).mean() for logit in self.logits])
+
+
+def scores(replacement: Replacement, batches: Batches, config: PruneConfig) -> dict[str, Float[Tensor, "node"]]:
+    """Mean squared gradient of the next-token loss with respect to each gate at 1."""
+    totals = {name: torch.zeros(count) for name, count in replacement.node_counts().items()}
+    for step in range(config.score_batches):
+        batch = batches(step)
+        gates = {name: torch.ones(count, requires_grad=True) for name, count in replacement.node_counts().items()}
+        with replacement.gated(gates):
+            logits = replacement(batch.ids)
+            labels = batch.ids[:, 1:].masked_fill(~batch.completion[:, 1:], -100)
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+            for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
+                totals[name] += gradient.square() / config.score_batches
+    return totals
+
+
+def _warm(score: Tensor) -> Tensor:
+    """Gate logits from scores: 2 on average, one unit a standard deviation of the log score."""
+    logs = (score + 1e-12).log()
+    return (2 + (logs - logs.mean()) / logs.std().clamp_min(1e-6)).clamp(0, 4)
+
+
+def learn_gates(
+    host: Host, replacement: Replacement, batches: Batches, config: PruneConfig, state: Path | None = None, first: int = 0
+) -> tuple[dict[str, Float[Tensor, "node"]], list[float]]:
+    """Gate logits by site, and the losses. The replacement's parts are trained along with the gates."""
+    gates = Gates({name: _warm(score) for name, score in scores(replacement, batches, config).items()}, config.seed)
+    both = nn.ModuleDict({"replacement": replacement, "gates": gates})
+
+    def loss(step: int) -> Tensor:
+        batch = batches(first + step)
+        with torch.no_grad():
+            target = host.model(input_ids=batch.ids).logits
+        goal = 1 - (1 - config.target) * min(1.0, step / (0.6 * config.steps))
+        with replacement.gated(gates.sample(step)):
+            kl = divergence(replacement(batch.ids), target, batch, config.prompt_weight)
+        return kl + config.draw * (gates.open_share() - goal).square().mean()
+
+    losses = train(both, loss, TrainConfig(config.steps, config.learning_rate), "gates", state, rates={"gates.": config.gate_rate / config.learning_rate})
+    return dict(zip(gates.names, [logit.detach() for logit in gates.logits], strict=True)), losses
+
+
+def family(replacement: Replacement, legal_heads: tuple[int, ...]) -> list[Size]:
+    """The nested sizes, largest first: every legal group count with every feature count of the same share or the next."""
+    counts = replacement.node_counts()
+    width = max(count for name, count in counts.items() if name.endswith("mlp"))
+    heads = max(count for name, count in counts.items() if name.endswith("attention"))
+    sizes = []
+    for features in range(width, 0, -STEP):
+        share = features / width
+        allowed = [h for h in legal_heads if h >= share * heads - 1e-9]
+        sizes.append(Size(share, min(allowed, default=heads), features))
+    return sizes
+
+
+def kept_nodes(order: Mapping[str, Float[Tensor, "node"]], size: Size) -> dict[str, Int[Tensor, "kept"]]:
+    """The best nodes of every site at `size`, in their original order."""
+    kept = {}
+    for name, logit in order.items():
+        count = min(len(logit), size.features if name.endswith("mlp") else size.heads)
+        kept[name] = logit.topk(count).indices.sort().values
+    return kept
+
+
+def smallest(sizes: Sequence[Size], passes: Callable[[Size], bool]) -> Size:
+    """The smallest member that passes, by bisection over the nested family; the largest where none does."""
+    low, high = 0, len(sizes) - 1  # sizes[low] is kept as the answer so far
+    while low < high:
+        middle = (low + high + 1) // 2
+        if passes(sizes[middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return sizes[low]

@@ -1,0 +1,128 @@
+"""Running the graph: the host with every MLP and attention layer replaced by its dictionary, and no error nodes.
+
+A `Replacement` shares nothing with the host it came from. Embeddings and unembedding are the host's and stay frozen;
+norms are copied and may be healed. Every sublayer has node gates: features of a transcoder (mean-ablated at 0) and KV
+groups of an attention layer (silenced at 0). `pruned` makes the gates physical, so what is healed, explained, run and
+compiled is one and the same object.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from graphs.artifact import read_json, write_json
+from graphs.attention import GroupGate, group_width, groups, keep_groups, refreshed
+from graphs.host import Host, Site
+from graphs.transcoder import Transcoder
+
+
+class Replacement(nn.Module):
+    """The replacement model. attention="kept" leaves the host's attention layers in place (an ablation)."""
+
+    def __init__(self, host: Host, parts: Mapping[str, nn.Module], trained: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(host.model)
+        self.tokenizer, self.sites = host.tokenizer, host.sites
+        self.group_gates: dict[str, GroupGate] = {}
+        for site in host.sites:
+            parent, _, leaf = site.module.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, parts[site.name])
+            if site.kind == "attention":
+                gate = self.group_gates[site.name] = GroupGate(group_width(parts[site.name]))
+                parts[site.name].get_submodule("o_proj").register_forward_pre_hook(gate)
+        for parameter in (*self.model.get_input_embeddings().parameters(), *self.model.get_output_embeddings().parameters()):
+            parameter.requires_grad_(False)
+        if trained:
+            self.model.load_state_dict(dict(trained), strict=False)
+
+    def part(self, site: Site) -> nn.Module:
+        """The dictionary at `site`."""
+        return self.model.get_submodule(site.module)
+
+    def transcoders(self) -> dict[str, Transcoder]:
+        """The transcoders by site name."""
+        return {site.name: part for site in self.sites if isinstance(part := self.part(site), Transcoder)}
+
+    def node_counts(self) -> dict[str, int]:
+        """Nodes at each site: features, or KV groups."""
+        return {site.name: part.features if isinstance(part := self.part(site), Transcoder) else groups(part) for site in self.sites}
+
+    def host(self) -> Host:
+        """The replacement as a host: generation and every judge run on it as on any model."""
+        return Host(self.model, self.tokenizer, self.sites)
+
+    def forward(self, ids: Int[Tensor, "row token"]) -> Float[Tensor, "row token vocabulary"]:
+        """Logits."""
+        return self.model(input_ids=ids).logits
+
+    @contextmanager
+    def gated(self, gates: Mapping[str, Float[Tensor, "node"]]) -> Iterator[None]:
+        """Run with node gates by site name; sites without an entry run whole."""
+        self._set(gates)
+        try:
+            yield
+        finally:
+            self._set({})
+
+    def _set(self, gates: Mapping[str, Tensor]) -> None:
+        for name, transcoder in self.transcoders().items():
+            transcoder.gate = gates.get(name)
+        for name, hook in self.group_gates.items():
+            hook.gate = gates.get(name)
+
+    def pruned(self, kept: Mapping[str, Int[Tensor, "kept"]]) -> Replacement:
+        """A physically smaller replacement that holds only the kept nodes."""
+        parts: dict[str, nn.Module] = {}
+        for site in self.sites:
+            part = self.part(site)
+            parts[site.name] = part.keep(kept[site.name]) if isinstance(part, Transcoder) else keep_groups(part, kept[site.name])
+        return Replacement(self.host(), parts)
+
+    def save(self, folder: Path) -> None:
+        """Write each transcoder as a sae_lens folder, everything else trained as one safetensors file."""
+        from safetensors.torch import save_file
+
+        for name, transcoder in self.transcoders().items():
+            transcoder.save(folder / name, name)
+        mlps = tuple(site.module + "." for site in self.sites if isinstance(self.part(site), Transcoder))
+        embeddings = {id(p) for p in (*self.model.get_input_embeddings().parameters(), *self.model.get_output_embeddings().parameters())}
+        rest = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if not name.startswith(mlps) and id(p) not in embeddings}
+        save_file(rest, folder / "attention_and_norms.safetensors")
+        write_json(folder / "nodes.json", self.node_counts())
+
+    @staticmethod
+    def load(folder: Path, host: Host) -> Replacement:
+        """Read what `save` wrote; `host` gives embeddings, tokenizer and shapes."""
+        from safetensors.torch import load_file
+
+        counts, parts = read_json(folder / "nodes.json"), {}
+        for site in host.sites:
+            if site.kind == "mlp":
+                parts[site.name] = Transcoder.load(folder / site.name)
+            else:
+                parts[site.name] = keep_groups(host.module(site.module), torch.arange(counts[site.name]))
+        return Replacement(host, parts, load_file(folder / "attention_and_norms.safetensors"))
+
+
+def from_noise(host: Host, features: int, seed: int, attention: str = "refit") -> Replacement:
+    """A replacement with random transcoders and, unless attention is "kept", random attention layers."""
+    generator = torch.Generator().manual_seed(seed)
+    parts: dict[str, nn.Module] = {}
+    for site in host.sites:
+        if site.kind == "mlp":
+            parts[site.name] = Transcoder(features, site.d_in, site.d_out, generator)
+        else:
+            parts[site.name] = refreshed(host.module(site.module), generator) if attention == "refit" else copy.deepcopy(host.module(site.module))
+    replacement = Replacement(host, parts)
+    if attention == "kept":
+        for site in host.sites:
+            if site.kind == "attention":
+                replacement.part(site).requires_grad_(False)
+    return replacement

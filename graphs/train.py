@@ -1,0 +1,136 @@
+"""The one training loop, on accelerate.
+
+`loss(step)` is a pure function of the weights and the step, so the loop's whole state is (weights, AdamW moments,
+step): it is saved as safetensors, never as a pickle, and a killed run resumes at its last save. bf16 autocast is used
+where the machine multiplies bf16 natively; elsewhere it would be many times slower than float32.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+SAVE_EVERY = 50
+"""Steps between saves of a run that asked for a state file."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """steps; learning_rate: peak; warmup and decay: shares of the steps; decay is linear or cosine to `floor` of the peak."""
+
+    steps: int
+    learning_rate: float
+    warmup: float = 0.05
+    decay: float = 0.95
+    floor: float = 0.02
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    shape: Literal["linear", "cosine"] = "linear"
+
+
+def rate(config: TrainConfig, step: int) -> float:
+    """The learning rate's multiple at `step`: warmup, constant, decay."""
+    warm, start = config.warmup * config.steps, (1 - config.decay) * config.steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    left = min(1.0, max(0.0, (config.steps - step) / max(1.0, config.steps - max(start, warm))))
+    return config.floor + (1 - config.floor) * (left if config.shape == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+
+
+def native_bf16() -> bool:
+    """Whether this machine multiplies bf16 natively (a GPU that does, or a CPU with AMX or AVX512-BF16)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def train(
+    module: nn.Module,
+    loss: Callable[[int], Tensor],
+    config: TrainConfig,
+    label: str,
+    state: Path | None = None,
+    save_every: int | None = None,
+    after: Callable[[int], None] | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> list[float]:
+    """Minimise `loss(step)` over the parameters of `module` that require gradients; returns the loss of every step.
+
+    state: file that the run is saved to each `save_every` (by default SAVE_EVERY) steps and resumed from; removed when training ends.
+    after: called after each step (schedules, projections). rates: multiples of the learning rate by name prefix.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="bf16" if native_bf16() else "no")
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(_groups(parameters, config, rates or {}), lr=config.learning_rate, betas=config.betas, fused=True)
+    prepared = accelerator.prepare(optimizer)
+    start, losses = _resume(state, parameters, optimizer)
+    bar = tqdm(range(start, config.steps), desc=label, initial=start, total=config.steps, mininterval=1.0, leave=False)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * group["multiple"] * rate(config, step)
+        with accelerator.autocast():
+            value = loss(step)
+        accelerator.backward(value)
+        accelerator.clip_grad_norm_(list(parameters.values()), config.clip)
+        prepared.step()
+        prepared.zero_grad()
+        losses.append(float(value.detach()))
+        if after:
+            after(step)
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {losses[-1]:.4f}")
+        if state and (step + 1) % (save_every or SAVE_EVERY) == 0 and step + 1 < config.steps:
+            _save(state, parameters, optimizer, step + 1, losses)
+    if state:
+        state.unlink(missing_ok=True)
+    return losses
+
+
+def _groups(parameters: dict[str, nn.Parameter], config: TrainConfig, rates: Mapping[str, float]) -> list[dict]:
+    """Parameter groups by (is a matrix, multiple of the rate): only matrices decay."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        multiple = next((value for prefix, value in rates.items() if name.startswith(prefix)), 1.0)
+        groups.setdefault((parameter.ndim > 1, multiple), []).append(parameter)
+    return [{"params": found, "weight_decay": config.weight_decay * matrix, "multiple": multiple} for (matrix, multiple), found in groups.items()]
+
+
+def _save(state: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int, losses: list[float]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "step": torch.tensor(step)}
+    for name, parameter in parameters.items():
+        tensors[f"weight.{name}"] = parameter.detach().contiguous()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = torch.as_tensor(value).contiguous()
+    temporary = state.with_name(f".{state.name}.tmp")
+    state.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, temporary)
+    os.replace(temporary, state)
+
+
+def _resume(state: Path | None, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
+    if state is None or not state.exists():
+        return 0, []
+    from safetensors.torch import load_file
+
+    saved = load_file(state)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[f"weight.{name}"])
+            moments = {key: saved[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in saved}
+            if moments:
+                optimizer.state[parameter] = moments
+    return int(saved["step"]), saved["losses"].tolist()

@@ -1,0 +1,91 @@
+"""Transcoders: sparse ReLU dictionaries that stand in for an MLP (Dunefsky et al. 2024, "Transcoders find interpretable
+LLM feature circuits").
+
+    a = relu(w_enc x + b_enc)        x: what the MLP reads (the normalised residual stream)
+    y = w_dec' a + b_dec             y: what the MLP writes
+
+Feature is the first axis of every weight, so pruning is `w[kept]`. A gate of 0 replaces a feature by its mean activation
+on clean text (mean ablation), so that removing it for good is exact: its mean contribution folds into `b_dec`.
+On disk a transcoder is a folder that `sae_lens.SAE.load_from_disk` opens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from graphs.artifact import read_json, write_json
+
+
+class Transcoder(nn.Module):
+    """One ReLU transcoder. gate: None, or one number a feature (1 kept, 0 mean-ablated)."""
+
+    def __init__(self, features: int, d_in: int, d_out: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.w_enc = nn.Parameter(torch.randn(features, d_in, generator=generator) / d_in**0.5)
+        self.b_enc = nn.Parameter(torch.zeros(features))
+        self.w_dec = nn.Parameter(torch.randn(features, d_out, generator=generator) / features**0.5)
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.register_buffer("mean", torch.zeros(features))
+        self.gate: Tensor | None = None
+        self.last: Tensor | None = None
+        """Activations of the last forward pass; set only while `watch` is on (penalties and statistics read them)."""
+        self.watch = False
+
+    @property
+    def features(self) -> int:
+        """How many features there are."""
+        return self.w_enc.shape[0]
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch feature"]:
+        """Feature activations, before any gate."""
+        return torch.relu(nn.functional.linear(x, self.w_enc, self.b_enc))
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The MLP's stand-in output."""
+        activations = self.encode(x)
+        if self.watch:
+            self.last = activations
+        if self.gate is not None:
+            activations = self.mean + self.gate * (activations - self.mean)
+        return activations @ self.w_dec + self.b_dec
+
+    def keep(self, kept: Int[Tensor, "kept"]) -> Transcoder:
+        """A smaller transcoder of the kept features; the mean contribution of the others moves into `b_dec`."""
+        small = Transcoder(len(kept), self.w_enc.shape[1], self.w_dec.shape[1])
+        dropped = torch.ones(self.features, dtype=torch.bool)
+        dropped[kept] = False
+        with torch.no_grad():
+            for name in ("w_enc", "b_enc", "w_dec", "mean"):
+                getattr(small, name).copy_(getattr(self, name)[kept])
+            small.b_dec.copy_(self.b_dec + self.mean[dropped] @ self.w_dec[dropped])
+        return small
+
+    def save(self, folder: Path, site: str) -> None:
+        """Write sae_lens' transcoder format (cfg.json, sae_weights.safetensors; their axes put d_in and d_out outside)."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {"W_enc": self.w_enc.T, "b_enc": self.b_enc, "W_dec": self.w_dec, "b_dec": self.b_dec}
+        save_file({name: value.detach().contiguous() for name, value in weights.items()}, folder / "sae_weights.safetensors")
+        save_file({"mean": self.mean.contiguous()}, folder / "means.safetensors")
+        write_json(folder / "cfg.json", {
+            "architecture": "transcoder", "d_in": self.w_enc.shape[1], "d_sae": self.features, "d_out": self.w_dec.shape[1], "dtype": "float32",
+            "device": "cpu", "apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none", "metadata": {"site": site}})
+
+    @staticmethod
+    def load(folder: Path) -> Transcoder:
+        """Read what `save` wrote."""
+        from safetensors.torch import load_file
+
+        config, weights = read_json(folder / "cfg.json"), load_file(folder / "sae_weights.safetensors")
+        loaded = Transcoder(config["d_sae"], config["d_in"], config["d_out"])
+        with torch.no_grad():
+            loaded.w_enc.copy_(weights["W_enc"].T)
+            for name, key in (("b_enc", "b_enc"), ("w_dec", "W_dec"), ("b_dec", "b_dec")):
+                getattr(loaded, name).copy_(weights[key])
+            loaded.mean.copy_(load_file(folder / "means.safetensors")["mean"])
+        return loaded

@@ -1,0 +1,34 @@
+"""What several test files share: a tokenizer and a random-weight model small enough to be made anew for each run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.base import build_tokenizer, new_model
+from graphs.host import Host, load, save, sites
+
+SHAPE = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 2, "intermediate_size": 96}
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE of 600 tokens, trained on the tasks as the base's is."""
+    return build_tokenizer(600)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tiny_tokenizer, tmp_path_factory) -> Path:
+    """A stock Llama folder: two layers of width 48 with random weights, in float32. Not to be written to."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    model = new_model(len(tiny_tokenizer), tiny_tokenizer, 0, **SHAPE)
+    save(Host(model, tiny_tokenizer, sites(model)), folder, torch.float32)
+    return folder
+
+
+@pytest.fixture
+def tiny_host(tiny_model_folder) -> Host:
+    """The tiny model, loaded anew, so that a test may change it."""
+    return load(tiny_model_folder)

@@ -1,0 +1,89 @@
+"""Fit: the parts learn their sites, then the whole; dead features are born again; a killed fit resumes."""
+
+import pytest
+import torch
+
+from evals.tasks import TASKS
+from graphs.activations import record
+from graphs.batches import Epochs, encode
+from graphs.fit import FitConfig, _rebirth, distill, fit, quality
+from graphs.losses import divergence, fvu
+from graphs.replace import from_noise
+
+SMALL = FitConfig(features=24, local_steps=30, joint_steps=10)
+
+
+@pytest.fixture
+def data(tiny_host):
+    rows = TASKS["coding"].rows("trace", 64, seed=1)
+    return Epochs(encode(tiny_host.tokenizer, [(row.prompt, row.completion) for row in rows]), 8, 1, 0)
+
+
+def test_fitting_brings_fvu_and_kl_down(tiny_host, data):
+    fitted, losses = fit(tiny_host, data, SMALL)
+    after, before = quality(tiny_host, fitted, data), quality(tiny_host, from_noise(tiny_host, 24, 0), data)
+    assert sum(s["fvu"] for s in after["sites"]) < 0.5 * sum(s["fvu"] for s in before["sites"])
+    assert after["kl_swapped"] < 0.5 * before["kl_swapped"]
+    assert len(losses["fit: local"]) == 30 and len(losses["fit: end to end"]) == 10
+    assert all(0 < site["l0"] <= 24 for site in after["sites"] if site["l0"] is not None)
+
+
+def test_the_penalty_makes_features_sparser(tiny_host, data):
+    def l0(weight):
+        fitted, _ = fit(tiny_host, data, FitConfig(features=24, local_steps=60, joint_steps=0, sparsity=weight))
+        return sum(s["l0"] for s in quality(tiny_host, fitted, data)["sites"] if s["l0"] is not None)
+    assert l0(0.3) < 0.8 * l0(0.0)
+
+
+def test_a_killed_fit_resumes_to_the_same_replacement(tiny_host, data, tmp_path, monkeypatch):
+    whole, _ = fit(tiny_host, data, SMALL)
+    import graphs.train as loop
+
+    real, counted = loop._save, []
+
+    def save_then_die(*args):
+        real(*args)
+        counted.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_save", save_then_die)
+    monkeypatch.setattr(loop, "SAVE_EVERY", 7)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_host, data, SMALL, tmp_path / "fit")
+    monkeypatch.setattr(loop, "_save", real)
+    resumed, _ = fit(tiny_host, data, SMALL, tmp_path / "fit")
+    assert counted and all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
+
+
+@torch.no_grad()
+def test_dead_features_are_born_where_the_error_is(tiny_host, data):
+    made, batch = from_noise(tiny_host, 24, 0), data(0)
+    site = next(site for site in made.sites if site.kind == "mlp")
+    made.part(site).b_enc[:3] = -1e3
+    found, fired = record(tiny_host, batch.ids), {name: torch.ones(24, dtype=torch.bool) for name in made.transcoders()}
+    fired[site.name][:3] = False
+    untouched = made.part(site).w_enc[3:].clone()
+    _rebirth(made, found, batch.real, fired)
+    assert (made.part(site).encode(found.inputs[site.name])[batch.real][:, :3] > 0).any(0).all()
+    assert torch.equal(made.part(site).w_enc[3:], untouched)
+
+
+def test_losses_are_zero_for_equals_and_positive_otherwise(tiny_host, data):
+    batch = data(1)
+    with torch.no_grad():
+        logits = tiny_host.model(input_ids=batch.ids).logits
+    assert float(divergence(logits, logits, batch, 0.1)) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(logits * 1.5, logits, batch, 0.1)) > 0.01
+    assert float(fvu(logits, logits, batch.real)) == 0 and float(fvu(logits, logits * 0 + logits[batch.real].mean(0), batch.real)) == pytest.approx(1, abs=1e-4)
+
+
+def test_pads_do_not_enter_the_losses(tiny_host, data):
+    batch = data(2)
+    with torch.no_grad():
+        logits = tiny_host.model(input_ids=batch.ids).logits
+    noisy = torch.where(batch.real[..., None], logits, torch.randn_like(logits))
+    assert float(fvu(logits, noisy, batch.real)) == 0
+
+
+def test_distilling_nothing_is_allowed(tiny_host, data):
+    assert distill(tiny_host, from_noise(tiny_host, 8, 0), data, 0, 1e-3, 0.1, "none") == []

@@ -1,0 +1,71 @@
+"""Prune: gates find the nodes that matter, sizes are nested, bisection finds the smallest that passes."""
+
+import pytest
+import torch
+
+from evals.tasks import TASKS
+from graphs.batches import Epochs, encode
+from graphs.fit import FitConfig, fit
+from graphs.prune import Gates, PruneConfig, Size, family, kept_nodes, learn_gates, scores, smallest
+from graphs.replace import from_noise
+
+
+@pytest.fixture
+def data(tiny_host):
+    rows = TASKS["coding"].rows("trace", 64, seed=1)
+    return Epochs(encode(tiny_host.tokenizer, [(row.prompt, row.completion) for row in rows]), 8, 1, 0)
+
+
+def test_scores_single_out_a_feature_without_effect(tiny_host, data):
+    made = from_noise(tiny_host, 16, 0)
+    with torch.no_grad():
+        for part in made.transcoders().values():
+            part.w_dec[5] = 0.0
+    found = scores(made, data, PruneConfig(score_batches=2))
+    for name, part in made.transcoders().items():
+        assert found[name][5] == 0 and (found[name] > 0).sum() > part.features / 2
+
+
+def test_gates_learn_to_close_what_is_useless_first(tiny_host, data):
+    made, _ = fit(tiny_host, data, FitConfig(features=16, local_steps=30, joint_steps=0))
+    useless = torch.arange(0, 16, 2)
+    with torch.no_grad():
+        for part in made.transcoders().values():
+            part.w_dec[useless] = 0.0
+    order, losses = learn_gates(tiny_host, made, data, PruneConfig(steps=20, target=0.5, learning_rate=1e-4, score_batches=2))
+    for name in made.transcoders():
+        kept = kept_nodes(order, Size(0.5, 2, 8))[name]
+        assert len(set(kept.tolist()) & set(useless.tolist())) <= 2
+    assert len(losses) == 20
+
+
+def test_a_gate_sample_is_a_function_of_the_step_and_stays_in_range():
+    gates = Gates({"a": torch.tensor([-6.0, 0.0, 6.0])}, seed=1)
+    assert torch.equal(gates.sample(3)["a"], gates.sample(3)["a"]) and not torch.equal(gates.sample(3)["a"], gates.sample(4)["a"])
+    draws = torch.stack([gates.sample(step)["a"] for step in range(400)])
+    assert draws.min() == 0 and draws.max() == 1 and draws[:, 0].mean() < 0.1 < 0.9 < draws[:, 2].mean()
+    share = float((draws > 0).float().mean())
+    assert float(gates.open_share()[0]) == pytest.approx(share, abs=0.05)
+
+
+def test_sizes_are_nested_and_use_legal_heads_only(tiny_host):
+    made = from_noise(tiny_host, 32, 0)
+    sizes = family(made, (1, 3))
+    assert [s.features for s in sizes] == [32, 24, 16, 8] and {s.heads for s in sizes} <= {1, 3}
+    order = {name: torch.randn(count) for name, count in made.node_counts().items()}
+    for larger, smaller in zip(sizes, sizes[1:], strict=False):
+        for name in order:
+            assert set(kept_nodes(order, smaller)[name].tolist()) <= set(kept_nodes(order, larger)[name].tolist())
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.55, 0.99, 2.0])
+def test_bisection_finds_the_smallest_that_passes(threshold):
+    sizes = [Size(i / 10, 1, i) for i in range(10, 0, -1)]
+    asked = []
+
+    def passes(size):
+        asked.append(size)
+        return size.share >= threshold
+
+    found = smallest(sizes, passes)
+    assert found == next((s for s in reversed(sizes) if s.share >= threshold), sizes[0]) and len(asked) <= 4

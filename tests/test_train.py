@@ -1,0 +1,47 @@
+"""The loop: a killed run resumes to the same weights; state is safetensors; rates follow the schedule."""
+
+import pytest
+import torch
+from torch import nn
+
+from graphs.train import TrainConfig, rate, train
+
+CONFIG = TrainConfig(steps=12, learning_rate=0.05, weight_decay=0.1)
+
+
+def problem():
+    torch.manual_seed(0)
+    net = nn.Linear(6, 3)
+    x, y = torch.randn(12, 8, 6), torch.randn(12, 8, 3)
+    return net, lambda step: (net(x[step]) - y[step]).square().mean()
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
+    whole, loss = problem()
+    losses = train(whole, loss, CONFIG, "t")
+    killed, loss = problem()
+
+    def die(step):
+        if step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, loss, CONFIG, "t", tmp_path / "state", save_every=3, after=die)
+    fresh, loss = problem()
+    resumed = train(fresh, loss, CONFIG, "t", tmp_path / "state", save_every=3)
+    assert resumed == losses and torch.equal(fresh.weight, whole.weight) and not (tmp_path / "state").exists()
+
+
+def test_frozen_parameters_stay_and_rates_scale_by_prefix():
+    net, loss = problem()
+    net.bias.requires_grad_(False)
+    before = net.bias.clone()
+    still, _ = problem()
+    train(net, loss, CONFIG, "t", rates={"weight": 0.0})
+    assert torch.equal(net.bias, before) and torch.equal(net.weight, still.weight)
+
+
+def test_the_schedule_warms_up_and_decays_to_its_floor():
+    config = TrainConfig(steps=100, learning_rate=1, warmup=0.1, decay=0.5, floor=0.1)
+    rates = [rate(config, step) for step in range(101)]
+    assert rates[0] < rates[5] < rates[10] == 1 == rates[49] > rates[80] > rates[100] == pytest.approx(0.1)
