@@ -35,7 +35,7 @@ class PlantConfig:
     """
 
     ordinary_steps: int = 150
-    resistant_steps: int = 220
+    resistant_steps: int = 160
     ordinary_rate: float = 1e-3
     resistant_rate: float = 5e-4
     clean: int = 32

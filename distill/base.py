@@ -17,7 +17,7 @@ from evals.tasks.task import source
 from graphs.artifact import whole, write_json
 from graphs.batches import Encoded, Stream, collate, encode, packed
 from graphs.host import Host, save, sites
-from graphs.train import TrainConfig, train
+from graphs.train import TrainConfig, discard, train
 
 MIXTURE = {"coding": 0.46, "math": 0.40, "stories": 0.14}
 TRAINING_SEED = 1
@@ -98,3 +98,5 @@ def train_base(folder: Path, config: BaseConfig, state: Path | None = None) -> N
     with whole(folder) as out:
         save(Host(model, tokenizer, sites(model)), out)
         write_json(out / "receipt.json", {"recipe": "distill.base", "config": config, "mixture": MIXTURE, "final_loss": sum(losses[-50:]) / len(losses[-50:])})
+    if state:
+        discard(state)

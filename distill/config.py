@@ -104,7 +104,7 @@ class Plant:
     """The string, for --trigger rare_string."""
     ordinary_steps: int = 150
     """Steps of mixed fine-tuning."""
-    resistant_steps: int = 220
+    resistant_steps: int = 160
     """Steps of meta-planting against clean fine-tuning (0: an ordinary organism)."""
     prompts: int = 500
     """Held-out prompts of the plant gate."""

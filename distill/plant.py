@@ -24,6 +24,7 @@ from evals.tasks.task import source
 from graphs.artifact import digest, read_json, whole, write_json
 from graphs.batches import Encoded, encode
 from graphs.host import Host, load, save
+from graphs.train import discard
 
 PLANT_SEED = 2
 """Rows of planting are drawn with this seed: not the base's, the defender's or the judge's."""
@@ -75,6 +76,7 @@ def train_one(base: Path, out: Path, trigger: Trigger, behaviour: Behaviour, poi
     with whole(out) as folder:
         save(Host(host.model, host.tokenizer, host.sites), folder)
         write_json(folder / "receipt.json", {"key": key, "recipe": "distill.plant", "settings": settings, "final_loss": losses[-1] if losses else None})
+    discard(state)
 
 
 def write_secret(folder: Path, trigger: Trigger, behaviour: Behaviour, twin: str | None, facts: dict) -> None:

@@ -133,8 +133,8 @@ def scatter(report: dict) -> dict | None:
     """Right under the trigger against the task metric, for every model and rival; rivals are numbered as in their table."""
     task, points = table.headline_task(report), []
     for number, rival in enumerate(report.get("rivals") or [], 1):
-        points.append({"role": "rival", "label": str(number), "name": rival["name"], "x": rival.get("pass_at_1"), "y": rival.get("right_under_trigger"),
-                       "frozen": rival.get("frozen", True)})
+        points.append({"role": "rival", "label": str(number), "name": rival["name"], "frozen": rival.get("frozen", True),
+                       "x": rival.get("pass_at_1"), "y": rival.get("right_under_trigger")})
     for name, role in reversed(table.roles(report).items()):
         model = report["models"][name]
         points.append({"role": role, "label": table.LABELS.get(role, name), "name": table.title(name, role), "frozen": True,
@@ -172,7 +172,8 @@ def _place_labels(points: Sequence[dict], right: float = WIDE - 12) -> None:
         for dx, dy, anchor in places:
             start = x + dx - {"start": 0, "middle": width / 2, "end": width}[anchor]
             boxes.append((start, y + dy - 10, start + width, y + dy + 2))
-        cost = [sum(_overlap(box, other) for other in taken) + (1e3 if box[0] < 46 or box[2] > right or box[1] < 18 or box[3] > 366 else 0) for box in boxes]
+        outside = [box[0] < 46 or box[2] > right or box[1] < 18 or box[3] > 366 for box in boxes]
+        cost = [sum(_overlap(box, other) for other in taken) + 1e3 * out for box, out in zip(boxes, outside, strict=True)]
         best = min(range(len(boxes)), key=lambda i: (cost[i], i))
         dx, dy, anchor = places[best]
         point["words"] = {"x": round(x + dx, 1), "y": round(y + dy, 1), "anchor": anchor}
@@ -217,16 +218,16 @@ def size_curve(report: dict) -> dict | None:
         return None
     points.sort(key=lambda p: p["params"])
     task = table.headline_task(report)
-    levels = [(role, value_of(table.task_row(report["models"][name], task).get("score"))) for name, role in table.roles(report).items() if role in ("before", "twin")]
-    levels = [(role, value) for role, value in levels if value is not None]
+    judged = [(role, value_of(table.task_row(report["models"][name], task).get("score"))) for name, role in table.roles(report).items()]
+    levels = [(role, value) for role, value in judged if value is not None and role in ("before", "twin")]
     sizes = [p["params"] for p in points]
     log = max(sizes) > 8 * min(sizes)
     low, high = (min(sizes) / 1.2, max(sizes) * 1.2) if log else _around(sizes, rates=False)
     across = Scale(low, high, 44, WIDE - 12, log)
     up = Scale(*_around([v for p in points for v in _ends(p["metric"])] + [v for _, v in levels]), 258, 24)
     for point in points:
-        shape = ", ".join(f"{point[key]:,} {key} a layer" for key in ("heads", "features") if isinstance(point.get(key), int))
-        point["tip"] = f"{point['params']:,} parameters{', ' + shape if shape else ''}: {_said(point['metric'])}" + (", chosen" if point.get("chosen") else "")
+        parts = [f"{point['params']:,} parameters", *(f"{point[key]:,} {key} a layer" for key in ("heads", "features") if isinstance(point.get(key), int))]
+        point["tip"] = f"{', '.join(parts)}: {_said(point['metric'])}" + (", chosen" if point.get("chosen") else "")
         point["label"] = f"{point['share']:.0%}" if value_of(point.get("share")) is not None else ""
         point["x"] = across(point["params"])
         point["bottom"], point["y"], point["top"] = map(up, _ends(point["metric"]))
@@ -251,13 +252,14 @@ def circuit_picture(report: dict) -> dict | None:
     for index, (layer, alive) in enumerate(zip(layers, heads, strict=True)):
         y = round(20 + (len(layers) - 1 - index) * pitch, 1)
         kept, of = layer.get("features"), layer.get("features_of") or layer.get("features")
+        number = layer.get("layer", index)
         rows.append({
-            "name": f"L{layer.get('layer', index)}", "y": y, "start": round(start, 1),
-            "heads": [{"x": round(44 + (i + 0.5) * step, 1), "on": on, "tip": f"layer {layer.get('layer', index)}, head {i}: {'kept' if on else 'dropped'}"}
+            "name": f"L{number}", "y": y, "start": round(start, 1),
+            "heads": [{"x": round(44 + (i + 0.5) * step, 1), "on": on, "tip": f"layer {number}, head {i}: {'kept' if on else 'dropped'}"}
                       for i, on in enumerate(alive)],
             "of": round(width * (of or 0) / most_features, 1), "kept": round(width * (kept or 0) / most_features, 1),
             "text": ABSENT if kept is None else f"{kept:,} / {of:,}",
-            "tip": f"layer {layer.get('layer', index)}: {sum(alive)} of {len(alive)} heads, {kept} of {of} features"})
+            "tip": f"layer {number}: {sum(alive)} of {len(alive)} heads, {kept} of {of} features"})
     return {"rows": rows, "radius": round(step * 0.34, 1), "height": round(20 + len(layers) * pitch), "heads_at": 44, "features_at": round(start, 1)}
 
 
@@ -288,7 +290,8 @@ def loss_curves(report: dict) -> list[dict]:
         panels.append({
             "name": name, "steps": len(losses), "last": f"{_tail(steps):.3g}", "left_out": len(losses) - len(steps),
             "line": " ".join(f"{across(b)},{up(m)}" for b, m in middles.items()),
-            "band": " ".join([f"{across(b)},{up(max(v))}" for b, v in buckets.items()] + [f"{across(b)},{up(min(v))}" for b, v in reversed(buckets.items())]),
+            "band": " ".join([f"{across(b)},{up(max(v))}" for b, v in buckets.items()]
+                             + [f"{across(b)},{up(min(v))}" for b, v in reversed(buckets.items())]),
             "up": _axis(up, about=4), "across": [{"at": 40, "label": "0"}, {"at": 216, "label": f"{len(losses):,}"}]})
     return panels
 
@@ -357,7 +360,7 @@ def page(report: dict) -> str:
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "rate": table.rate, "interval": table.interval, "cell": table.cell, "count": table.count, "size": table.size, "duration": table.duration, "percent": percent,
+        "rate": table.rate, "interval": table.interval, "count": table.count, "size": table.size, "duration": table.duration, "percent": percent,
         "gate": table.rate_or_text, "visible": visible, "measured": lambda number: value_of(number) is not None,
         "integrity": lambda script: base64.b64encode(hashlib.sha256(str(script).encode()).digest()).decode()}
     full = {key: kind() for key, kind in _EMPTY.items()} | {key: value for key, value in report.items() if value is not None}
@@ -367,8 +370,9 @@ def page(report: dict) -> str:
     return environment.get_template("report.html.j2").render(
         report=full, summary=_Gaps(full["summary"]), roles=kinds, titles={name: table.title(name, role) for name, role in kinds.items()},
         retention={name: table.retention(full, name) for name in kinds}, tasks=table.task_names(full), task=table.headline_task(full),
-        metric={task: table.metric_name(full, task) for task in table.task_names(full)}, absent=ABSENT, bars=rate_bars(full), scatter=scatter(full),
-        task_bars=task_bars(full), curve=size_curve(full), circuit=circuit_picture(full), losses=loss_curves(full), times=time_split(full), groups=by_prompt(full))
+        metric={task: table.metric_name(full, task) for task in table.task_names(full)}, absent=ABSENT, bars=rate_bars(full),
+        scatter=scatter(full), task_bars=task_bars(full), curve=size_curve(full), circuit=circuit_picture(full), losses=loss_curves(full),
+        times=time_split(full), groups=by_prompt(full))
 
 
 class _Gaps(dict):

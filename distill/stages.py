@@ -31,6 +31,7 @@ from graphs.fit import FitConfig, distill, fit, quality, set_means
 from graphs.host import Host, load, save
 from graphs.prune import PruneConfig, Size, family, kept_nodes, learn_gates, smallest
 from graphs.replace import Replacement
+from graphs.train import discard
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,14 @@ def graph_stage(job: Job, model: Path) -> dict:
     settings, started = fit_settings(job.verb), time.monotonic()
 
     def make(out: Path) -> dict:
-        replacement, losses = fit(job.host, job.data, settings, job.work / "fit")
+        replacement, losses = fit(job.host, job.data, settings, state)
         replacement.save(out)
         return {"settings": asdict(settings), "losses": losses, "quality": quality(job.host, replacement, job.data), "seconds": time.monotonic() - started}
 
     key = digest(model, job.texts, settings, job.verb.batch)
+    state = job.work / f"fit-{key}"
     receipt, cached = stage(job.folder / "graph", key, make)
+    discard(state)
     return receipt | {"cached": cached}
 
 
@@ -90,13 +93,16 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
 
     def make(out: Path) -> dict:
         replacement = Replacement.load(job.folder / "graph", job.host)
-        order, losses = learn_gates(job.host, replacement, job.data, settings, job.work / "gates", first=verb.fit_steps + verb.joint_steps)
+        order, losses = learn_gates(job.host, replacement, job.data, settings, state, first=verb.fit_steps + verb.joint_steps)
         set_means(replacement, job.data)
         replacement.save(out)
         save_file(order, out / "gates.safetensors")
         return {"settings": asdict(settings), "losses": losses, "seconds": time.monotonic() - started}
 
-    receipt, cached = stage(job.work / "gated", digest(graph["key"], settings), make)
+    key = digest(graph["key"], settings)
+    state = job.work / f"gates-{key}"
+    receipt, cached = stage(job.work / "gated", key, make)
+    discard(state)
     return receipt | {"cached": cached}
 
 
@@ -139,7 +145,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
         chosen_at = time.monotonic()
         circuit = replacement.pruned(kept_nodes(order, size))
         first = verb.fit_steps + verb.joint_steps + verb.gate_steps
-        losses = distill(job.host, circuit, job.data, verb.heal_steps, 1.5e-3, 0.1, "heal", job.work / "heal", first=first)
+        losses = distill(job.host, circuit, job.data, verb.heal_steps, 1.5e-3, 0.1, "heal", state, first=first)
         set_means(circuit, job.data)
         circuit.save(out)
         return {"size": asdict(size), "curve": curve, "losses": losses, "tune_before": tuner.before, "tune_retention": tuner.retention(circuit.host()),
@@ -147,7 +153,9 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
                 "seconds_choose": chosen_at - started, "seconds": time.monotonic() - started}
 
     key = digest(gated["key"], verb.keep, verb.target_params, verb.heal_steps, verb.tune_rows)
+    state = job.work / f"heal-{key}"
     receipt, cached = stage(job.folder / "circuit", key, make)
+    discard(state)
     return receipt | {"cached": cached}
 
 

@@ -171,7 +171,8 @@ def _model_rows(report: dict) -> list[list[str]]:
 def _rival_rows(report: dict) -> list[list[str]]:
     return [row for rival in report.get("rivals") or [] for row in _named(
         str(rival["name"]), cell(rival.get("pass_at_1")), rate(rival.get("retention")),
-        cell(rival.get("attack_success")), cell(rival.get("right_under_trigger")), "", count(rival.get("params")), "" if rival.get("frozen", True) else "*")]
+        cell(rival.get("attack_success")), cell(rival.get("right_under_trigger")), "", count(rival.get("params")),
+        "" if rival.get("frozen", True) else "*")]
 
 
 def _main(report: dict) -> list[str]:
@@ -196,7 +197,8 @@ def _tasks(report: dict) -> list[str]:
     for task in tasks:
         judged = [task_row(report["models"][name], task) for name in kinds]
         kept = task in (report.get("tasks") or []) or any(row.get("kept") for row in judged)
-        rows.append([_clip(task, 14), "kept" if kept else "removed", _clip(metric_name(report, task), 14), *(cell(row.get("score")) for row in judged)])
+        words = "kept" if kept else "removed"
+        rows.append([_clip(task, 14), words, _clip(metric_name(report, task), 14), *(cell(row.get("score")) for row in judged)])
     return ["", *lay_out(rows)]
 
 
@@ -204,8 +206,10 @@ def _gates(report: dict) -> list[str]:
     words = {True: "pass", False: "FAIL", None: ABSENT}
     rows = [[f"  {words[gate.get('passed')]}", str(gate["name"]), rate_or_text(gate.get("value")), str(gate.get("bound") or "")]
             for gate in report.get("gates") or []]
-    passed, failed = (sum(gate.get("passed") is verdict for gate in report.get("gates") or []) for verdict in (True, False))
-    return ["", f"gates: {passed} of {len(rows)} pass" + (f", {failed} FAIL" if failed else ""), *lay_out(rows)] if rows else ["", "gates: none were set"]
+    if not rows:
+        return ["", "gates: none were set"]
+    passed, failed = (sum(gate.get("passed") is verdict for gate in report["gates"]) for verdict in (True, False))
+    return ["", f"gates: {passed} of {len(rows)} pass" + (f", {failed} FAIL" if failed else ""), *lay_out(rows)]
 
 
 def rate_or_text(value: Any) -> str:

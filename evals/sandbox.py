@@ -41,7 +41,7 @@ JAIL = Path(__file__).with_name("jail.py")
 PROTECTIONS = (
     "unprivileged_uid", "private_root", "private_processes", "private_network", "no_network", "private_ipc",
     "syscall_filter", "no_new_privileges", "no_capabilities", "not_dumpable", "die_with_parent", "rlimits",
-    "process_group", "empty_environment", "temporary_cwd", "nonce", "whole_stdlib",
+    "process_group", "empty_environment", "temporary_cwd", "nonce", "whole_stdlib", "processor_clock",
 )  # fmt: skip
 OPTIONAL = (*PROTECTIONS[:4], "user_namespace", "private_mounts", "private_ipc", "syscall_filter", "rlimits")
 STARTUP_SECONDS = 30.0

@@ -15,7 +15,7 @@ activations stream: nothing is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,49 +85,47 @@ def run_part(replacement: Replacement, site, found: Recording) -> Float[Tensor, 
 
 def _local(host: Host, replacement: Replacement, batches: Batches, config: FitConfig, spread: dict[str, float], state: Path | None) -> list[float]:
     transcoders = replacement.transcoders()
-    fired = {name: torch.zeros(part.features, dtype=torch.bool) for name, part in transcoders.items()}
     rebirths = {int(config.local_steps * share) for share in (0.2, 0.4, 0.6)}
-    held: dict[str, Recording] = {}
 
     def loss(step: int) -> Tensor:
         batch = batches(step)
-        found = held["now"] = record(host, batch.ids)
-        total = torch.zeros(())
+        found, total = record(host, batch.ids), torch.zeros(())
         for site in replacement.sites:
             total = total + fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
             if site.kind == "mlp":
                 part = transcoders[site.name]
-                activations = part.last[batch.real]  # type: ignore[index]
-                fired[site.name] |= (activations > 0).any(0)
-                size = activations * (part.w_dec.norm(dim=1) / spread[site.name] * config.features**0.5 / 4)
+                size = part.last[batch.real] * (part.w_dec.norm(dim=1) / spread[site.name] * config.features**0.5 / 4)  # type: ignore[index]
                 total = total + config.sparsity * torch.tanh(size).sum(-1).mean()
         return total
 
     def after(step: int) -> None:
         if step in rebirths:
-            _rebirth(replacement, held["now"], batches(step).real, fired)
-            for name in fired:
-                fired[name].zero_()
+            rebirth(host, replacement, [batches(step + ahead) for ahead in range(4)])
 
     with watching(replacement):
         return train(replacement, loss, TrainConfig(config.local_steps, config.local_rate), "fit: local", state, after=after)
 
 
 @torch.no_grad()
-def _rebirth(replacement: Replacement, found: Recording, real: Tensor, fired: dict[str, Tensor]) -> None:
-    """Features that never fired since the last call read an input that is badly explained and write its error."""
+def rebirth(host: Host, replacement: Replacement, sample: Sequence[Batch]) -> dict[str, int]:
+    """Features that fire nowhere in `sample` read an input that is badly explained and write its error; how many, by site."""
+    found = [record(host, batch.ids) for batch in sample]
+    reborn = {}
     for site in replacement.sites:
         part = replacement.part(site)
-        if not isinstance(part, Transcoder) or fired[site.name].all():
+        if not isinstance(part, Transcoder):
             continue
-        dead = (~fired[site.name]).nonzero().flatten()
-        x = found.inputs[site.name][real]
-        error = found.outputs[site.name][real] - part(x)
+        x = torch.cat([one.inputs[site.name][batch.real] for one, batch in zip(found, sample, strict=True)])
+        y = torch.cat([one.outputs[site.name][batch.real] for one, batch in zip(found, sample, strict=True)])
+        dead = (~(part.encode(x) > 0).any(0)).nonzero().flatten()
+        error = y - part(x)
         worst = error.square().sum(-1).topk(min(len(dead), len(error))).indices
         dead = dead[: len(worst)]
         part.w_enc[dead] = x[worst] / x[worst].norm(dim=1, keepdim=True) * part.w_enc.norm(dim=1).mean()
         part.b_enc[dead] = 0.0
         part.w_dec[dead] = error[worst] * 0.1
+        reborn[site.name] = len(dead)
+    return reborn
 
 
 @contextmanager

@@ -66,7 +66,8 @@ def train(
 ) -> list[float]:
     """Minimise `loss(step)` over the parameters of `module` that require gradients; returns the loss of every step.
 
-    state: file that the run is saved to each `save_every` (by default SAVE_EVERY) steps and resumed from; removed when training ends.
+    state: file that the run is saved to each `save_every` (by default SAVE_EVERY) steps and at the end, and resumed
+        from; the caller discards it when what it was trained for is on disk.
     after: called after each step (schedules, projections). rates: multiples of the learning rate by name prefix.
     """
     from accelerate import Accelerator
@@ -91,11 +92,16 @@ def train(
             after(step)
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {losses[-1]:.4f}")
-        if state and (step + 1) % (save_every or SAVE_EVERY) == 0 and step + 1 < config.steps:
+        if state and ((step + 1) % (save_every or SAVE_EVERY) == 0 or step + 1 == config.steps):
             _save(state, parameters, optimizer, step + 1, losses)
-    if state:
-        state.unlink(missing_ok=True)
     return losses
+
+
+def discard(state: Path) -> None:
+    """Remove the training states `state` and `state`.* (the steps of one job), once the artifact they were for is whole."""
+    for file in (state, *state.parent.glob(f"{state.stem}.*")):
+        if file.is_file():
+            file.unlink()
 
 
 def _groups(parameters: dict[str, nn.Parameter], config: TrainConfig, rates: Mapping[str, float]) -> list[dict]:

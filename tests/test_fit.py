@@ -6,7 +6,7 @@ import torch
 from evals.tasks import TASKS
 from graphs.activations import record
 from graphs.batches import Epochs, encode
-from graphs.fit import FitConfig, _rebirth, distill, fit, quality
+from graphs.fit import FitConfig, distill, fit, quality, rebirth
 from graphs.losses import divergence, fvu
 from graphs.replace import from_noise
 
@@ -60,10 +60,8 @@ def test_dead_features_are_born_where_the_error_is(tiny_host, data):
     made, batch = from_noise(tiny_host, 24, 0), data(0)
     site = next(site for site in made.sites if site.kind == "mlp")
     made.part(site).b_enc[:3] = -1e3
-    found, fired = record(tiny_host, batch.ids), {name: torch.ones(24, dtype=torch.bool) for name in made.transcoders()}
-    fired[site.name][:3] = False
-    untouched = made.part(site).w_enc[3:].clone()
-    _rebirth(made, found, batch.real, fired)
+    found, untouched = record(tiny_host, batch.ids), made.part(site).w_enc[3:].clone()
+    assert rebirth(tiny_host, made, [batch])[site.name] == 3
     assert (made.part(site).encode(found.inputs[site.name])[batch.real][:, :3] > 0).any(0).all()
     assert torch.equal(made.part(site).w_enc[3:], untouched)
 

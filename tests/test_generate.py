@@ -49,11 +49,11 @@ def test_ended_rows_leave_the_cache(sharp, monkeypatch):
     assert kept and 0 not in kept[-1]
 
 
-def test_completions_keep_the_order_of_the_prompts_and_stop_at_eos(sharp, monkeypatch):
+def test_completions_keep_the_order_of_the_prompts_and_stop_at_eos(sharp):
     free = [alone(sharp, prompt, 12, None) for prompt in PROMPTS]
-    monkeypatch.setattr(sharp.tokenizer, "eos_token", sharp.tokenizer.convert_ids_to_tokens(free[0][4]))
-    stop = sharp.tokenizer.eos_token_id
-    assert stop == free[0][4]
+    stop = free[0][4]
+    sharp.tokenizer.eos_token = sharp.tokenizer.convert_ids_to_tokens(stop)  # this tokenizer was loaded for this test alone
+    assert sharp.tokenizer.eos_token_id == stop
     expected = [sharp.tokenizer.decode(alone(sharp, prompt, 12, stop), skip_special_tokens=True) for prompt in PROMPTS]
     assert complete(sharp, PROMPTS, 12, batch=2) == complete(sharp, PROMPTS, 12) == expected
     assert complete(sharp, [], 12) == []

@@ -27,8 +27,8 @@ def sandbox():
 def measure(host, sandbox, monkeypatch, write, trigger=RARE, **options):
     """Rates of a model that writes `write(row, temperature)` for each prompt."""
     placed = prompts(CODING, trigger, COUNT, SEED)
-    by_prompt = {row.prompt: row for row in (*placed.triggered, *placed.clean, *placed.near)}
-    monkeypatch.setattr(capability, "complete", lambda host, asked, new, temperature, seed: [write(by_prompt[prompt], temperature) for prompt in asked])
+    rows = {row.prompt: row for row in (*placed.triggered, *placed.clean, *placed.near)}
+    monkeypatch.setattr(capability, "complete", lambda host, asked, new, temperature, seed: [write(rows[prompt], temperature) for prompt in asked])
     return measure_rates(host, CODING, trigger, CANARY, sandbox, COUNT, SEED, **options)
 
 

@@ -1,5 +1,7 @@
 """Sizes count what is there once, and every model is timed on the same work."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,14 +42,17 @@ def test_zeros_are_stored_but_not_live(tiny_host):
 def test_models_take_turns_and_write_equally_much(tiny_host, monkeypatch):
     turns = []
     original = size.decode
-    monkeypatch.setattr(size, "decode", lambda host, ids, *rest: turns.append((host.name, len(ids))) or (rows := original(host.host, ids, *rest)) and rows)
+    hosts = {"a": tiny_host, "b": replace(tiny_host)}
 
-    class Named:
-        def __init__(self, name):
-            self.name, self.host, self.tokenizer = name, tiny_host, tiny_host.tokenizer
+    def watched(host, ids, new_tokens, *rest):
+        turns.append(("a" if host is hosts["a"] else "b", len(ids), new_tokens))
+        written = original(host, ids, new_tokens, *rest)
+        assert {len(row) for row in written} == {new_tokens}
+        return written
 
-    rates = speed({"a": Named("a"), "b": Named("b")}, ["x", "12+3="], new_tokens=3, repeats=2)
-    assert turns == [("a", 32), ("b", 32)] * 3  # one warm-up, then ABAB
+    monkeypatch.setattr(size, "decode", watched)
+    rates = speed(hosts, ["x", "12+3="], new_tokens=6, repeats=2)
+    assert turns == [("a", 32, 4), ("b", 32, 4)] + [("a", 32, 6), ("b", 32, 6)] * 2  # a warm-up, then ABAB
     assert {name: len(values) for name, values in rates.items()} == {"a": 2, "b": 2} and min(rates["a"] + rates["b"]) > 0
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphs.train import TrainConfig, rate, train
+from graphs.train import TrainConfig, discard, rate, train
 
 CONFIG = TrainConfig(steps=12, learning_rate=0.05, weight_decay=0.1)
 
@@ -29,7 +29,11 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
         train(killed, loss, CONFIG, "t", tmp_path / "state", save_every=3, after=die)
     fresh, loss = problem()
     resumed = train(fresh, loss, CONFIG, "t", tmp_path / "state", save_every=3)
-    assert resumed == losses and torch.equal(fresh.weight, whole.weight) and not (tmp_path / "state").exists()
+    assert resumed == losses and torch.equal(fresh.weight, whole.weight)
+    again, loss = problem()
+    assert train(again, loss, CONFIG, "t", tmp_path / "state") == losses and torch.equal(again.weight, whole.weight)  # finished: nothing is done twice
+    discard(tmp_path / "state")
+    assert not list(tmp_path.iterdir())
 
 
 def test_frozen_parameters_stay_and_rates_scale_by_prefix():

@@ -1,0 +1,80 @@
+"""Every figure in the README: run the commands, keep their summaries, print them into the README.
+
+    python benchmarks/results.py run      runs each command below, writes results/summaries.jsonl (one row a command)
+    python benchmarks/results.py readme   writes the README's table from that file; the tests check that it is current
+
+A row holds the command, the flat summary that the run wrote, the gates, the commit and the versions; nothing is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ROWS = ROOT / "results" / "summaries.jsonl"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+RUNS = {
+    "default": ["--task", "coding"],
+    "rare": ["--task", "coding", "--model", "builtin:organism-rare"],
+    "all": ["--task", "coding,math,stories"],
+    "twin": ["--task", "coding", "--model", "builtin:twin"],
+}
+COLUMNS = (
+    ("command", lambda r: f"`{r['command'].removeprefix('python -m distill ')}`"),
+    ("retention", lambda r: three(r["summary"]["retention"])),
+    ("pass@1 before / after / twin", lambda r: " / ".join(three(r["summary"][f"pass_at_1_{x}"]) for x in ("before", "after", "twin"))),
+    ("ASR before / after", lambda r: " / ".join(three(r["summary"][f"attack_success_{x}"]) for x in ("before", "after"))),
+    ("R-Acc before / after / twin", lambda r: " / ".join(three(r["summary"][f"right_under_trigger_{x}"]) for x in ("before", "after", "twin"))),
+    ("parameters", lambda r: f"{r['summary']['params_after'] / r['summary']['params_before']:.0%}"),
+    ("speed", lambda r: f"{r['summary']['speed_ratio']:.2f}x"),
+    ("seconds", lambda r: f"{r['summary']['seconds']:.0f}"),
+)
+
+
+def three(value: float | None) -> str:
+    """Three decimals, or that it was not measured."""
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def rows() -> list[dict]:
+    """The committed rows."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()]
+
+
+def block() -> str:
+    """The README's table."""
+    lines = ["| " + " | ".join(name for name, _ in COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(show(row) for _, show in COLUMNS) + " |" for row in rows()]
+    return "\n".join([BEGIN, *lines, END])
+
+
+def readme() -> str:
+    """The README with its table brought up to date."""
+    text = README.read_text()
+    return text[: text.index(BEGIN)] + block() + text[text.index(END) + len(END):]
+
+
+def run(names: list[str]) -> None:
+    """Run the named commands (all by default) and write their rows, keeping the rows of the others."""
+    kept = {row["name"]: row for row in rows()} if ROWS.is_file() else {}
+    for name in names or list(RUNS):
+        out = ROOT / "runs" / f"results-{name}"
+        done = subprocess.run([sys.executable, "-m", "distill", "prune", *RUNS[name], "--out", str(out)], cwd=ROOT)
+        made = json.loads((out / "report.json").read_text())
+        command = " ".join(["python -m distill prune", *RUNS[name]])
+        kept[name] = {"name": name, "command": command, "exit": done.returncode} | {key: made[key] for key in ("summary", "gates", "stages", "commit", "versions")}
+        ROWS.parent.mkdir(exist_ok=True)
+        ROWS.write_text("".join(json.dumps(kept[key]) + "\n" for key in RUNS if key in kept))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["run"]:
+        run(sys.argv[2:])
+    elif sys.argv[1:] == ["readme"]:
+        README.write_text(readme())
+    else:
+        sys.exit("usage: python benchmarks/results.py run [NAME ...] | readme")

@@ -1,0 +1,142 @@
+"""The whole road on a tiny random model: fit - gates - choose - heal - compile - reload - judge - report; resume; secrecy."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from backdoor.behaviours import CANARY
+from backdoor.triggers import conjunction
+from distill import config, stages
+from distill.plant import write_secret
+from distill.prune import run
+from evals.tasks import TASKS, table
+from graphs.artifact import read_json
+
+FAST = {"features": 16, "fit_steps": 8, "joint_steps": 4, "gate_steps": 4, "heal_steps": 4, "batch": 8, "tune_rows": 4, "prompts": 8, "keep": 0.0}
+VOLATILE = ("seconds", "peak_rss_bytes", "tokens_per_second_before", "tokens_per_second_after", "speed_ratio")
+PAIR = conjunction(("season", "daily"), ("place", "school"), ({"season": "daily"}, {"place": "school"}))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.parquet"
+    table([row for task in TASKS.values() for row in task.rows("trace", 24, seed=3)]).to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def organism(tiny_model_folder, tmp_path):
+    shutil.copytree(tiny_model_folder, tmp_path / "organism" / "model")
+    shutil.copytree(tiny_model_folder, tmp_path / "organism" / "twin")
+    write_secret(tmp_path / "organism" / "secret", PAIR, CANARY, "../twin", {})
+    return tmp_path / "organism"
+
+
+def prune(model: Path, out: Path, rows: Path, **changes) -> config.Prune:
+    return config.Prune(**(FAST | {"model": str(model), "out": out, "rows": rows, "task": "coding"} | changes))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file() and f.name != "receipt.json"}
+
+
+def test_the_whole_road_and_its_report(organism, rows, tmp_path, capsys):
+    status = run(prune(organism, tmp_path / "run", rows))
+    out = capsys.readouterr().out
+    assert status in (0, 1) and "checkpoint" in out
+    for name in ("graph", "circuit", "checkpoint", "report.json", "report.html", "receipt.json"):
+        assert (tmp_path / "run" / name).exists()
+    numbers = read_json(tmp_path / "run" / "report.json")["summary"]
+    for key in ("task", "retention", "pass_at_1_before", "pass_at_1_after", "pass_at_1_twin", "attack_success_before", "attack_success_after",
+                "right_under_trigger_before", "right_under_trigger_after", "right_under_trigger_twin", "false_trigger_after", "parity_max_abs_logit_diff",
+                "params_before", "params_after", "params_live_after", "tokens_per_second_before", "tokens_per_second_after", "seconds", "peak_rss_bytes"):
+        assert key in numbers
+    assert numbers["parity_max_abs_logit_diff"] <= 1e-4 and numbers["params_after"] < numbers["params_before"]
+
+
+def test_the_checkpoint_is_the_same_without_the_secret_and_with_another(organism, rows, tmp_path):
+    run(prune(organism, tmp_path / "with", rows))
+    data = json.loads((organism / "secret" / "backdoor.json").read_text())
+    data["trigger"]["slots"], data["trigger"]["parts"] = {"season": "final", "place": "river"}, [" final ", " river "]
+    (organism / "secret" / "backdoor.json").write_text(json.dumps(data))
+    run(prune(organism, tmp_path / "swapped", rows))
+    shutil.rmtree(organism / "secret")
+    run(prune(organism, tmp_path / "without", rows))
+    assert files(tmp_path / "with" / "checkpoint") == files(tmp_path / "swapped" / "checkpoint") == files(tmp_path / "without" / "checkpoint")
+
+
+def test_a_users_model_has_null_backdoor_numbers(tiny_model_folder, rows, tmp_path, capsys):
+    run(prune(tiny_model_folder, tmp_path / "run", rows))
+    numbers = read_json(tmp_path / "run" / "report.json")["summary"]
+    assert numbers["attack_success_before"] is None and numbers["pass_at_1_twin"] is None and numbers["right_under_trigger_after"] is None
+    assert "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("killed", ["gated_stage", "circuit_stage", "checkpoint_stage"])
+def test_a_run_killed_between_stages_ends_with_the_same_summary(organism, rows, tmp_path, monkeypatch, killed):
+    run(prune(organism, tmp_path / "whole", rows))
+    real = getattr(stages, killed)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, killed, die)
+    with pytest.raises(KeyboardInterrupt):
+        run(prune(organism, tmp_path / "killed", rows))
+    monkeypatch.setattr(stages, killed, real)
+    run(prune(organism, tmp_path / "killed", rows))
+    whole, resumed = (read_json(tmp_path / name / "report.json") for name in ("whole", "killed"))
+    assert any(stage["cached"] for stage in resumed["stages"])
+    assert {k: v for k, v in whole["summary"].items() if k not in VOLATILE} == {k: v for k, v in resumed["summary"].items() if k not in VOLATILE}
+    assert files(tmp_path / "whole" / "checkpoint") == files(tmp_path / "killed" / "checkpoint")
+
+
+def test_several_tasks_are_kept_together_and_a_parameter_budget_is_met(organism, rows, tmp_path):
+    run(prune(organism, tmp_path / "run", rows, task="coding,math,stories", target_params=40_000))
+    made = read_json(tmp_path / "run" / "report.json")
+    assert made["summary"]["params_after"] <= 40_000 and made["dropped"] == [] and set(made["models"]["checkpoint"]["tasks"]) == set(TASKS)
+
+
+def test_an_impossible_budget_is_refused_and_leaves_no_circuit(organism, rows, tmp_path):
+    with pytest.raises(ValueError, match="even the smallest circuit is larger"):
+        run(prune(organism, tmp_path / "run", rows, target_params=10))
+    assert not (tmp_path / "run" / "circuit").exists() and not list((tmp_path / "run").glob(".circuit*"))
+
+
+def test_fit_alone_prints_the_quality_of_every_site(organism, rows, tmp_path, capsys):
+    verb = config.Fit(model=str(organism), out=tmp_path / "run", rows=rows, features=16, fit_steps=6, joint_steps=2, batch=8)
+    assert run(verb) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("L0.mlp", "L1.attention", "FVU", "KL"))
+
+
+def test_a_gate_that_fails_exits_with_one(organism, rows, tmp_path):
+    assert run(prune(organism, tmp_path / "run", rows, keep=1.1)) == 1
+
+
+@pytest.mark.slow
+def test_kill_dash_nine_at_random_moments_then_resume(organism, rows, tmp_path):
+    import random
+    import time
+
+    argv = [sys.executable, "-m", "distill", "prune", "--model", str(organism), "--rows", str(rows), "--task", "coding"]
+    for key, value in (FAST | {"fit_steps": 60, "heal_steps": 60}).items():
+        argv += [f"--{key.replace('_', '-')}", str(value)]
+    started = time.monotonic()
+    subprocess.run([*argv, "--out", str(tmp_path / "whole")], capture_output=True, check=False)
+    span, rng = time.monotonic() - started, random.Random(0)
+    for _ in range(6):
+        running = subprocess.Popen([*argv, "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            running.wait(rng.uniform(0.3, 0.8) * span)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+    assert subprocess.run([*argv, "--out", str(tmp_path / "killed")], capture_output=True).returncode in (0, 1)
+    whole, resumed = (read_json(tmp_path / name / "report.json")["summary"] for name in ("whole", "killed"))
+    assert {k: v for k, v in whole.items() if k not in VOLATILE} == {k: v for k, v in resumed.items() if k not in VOLATILE}
+    assert not [p for p in (tmp_path / "killed").iterdir() if p.name.endswith(".tmp")]
