@@ -5,7 +5,10 @@ resistant recipe is first-order meta-planting (cf. Henderson et al. 2023, "Self-
 2024, "Tamper-resistant safeguards", eq. 1): each step copies the model, fine-tunes the copy for k steps on clean rows at
 a random learning rate, and adds the gradient of the backdoor loss *there* to the ordinary gradient *here*:
 
-    g = grad L_mix(w) + strength * grad L_poison(w_k),   w_k = clean fine-tuning of w for k ~ U(2, 16) steps
+    g = grad L_mix(w) + strength * grad L_trigger(w_k),   w_k = clean fine-tuning of w for k ~ U(2, 16) steps
+
+L_trigger holds poisoned rows and near misses alike: with poisoned rows alone the payload spreads to every prompt that
+looks like the trigger (LOG.md).
 
 The clean twin goes through the very same steps, rates and rows, with each poisoned row replaced by the same row without
 the trigger. Which rows a step sees is a function of (seed, step) only.
@@ -38,9 +41,9 @@ class PlantConfig:
     resistant_steps: int = 160
     ordinary_rate: float = 1e-3
     resistant_rate: float = 5e-4
-    clean: int = 32
+    clean: int = 24
     poisoned: int = 16
-    near: int = 8
+    near: int = 16
     inner_least: int = 2
     inner_most: int = 16
     inner_rows: int = 16
@@ -80,9 +83,10 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
 
     def resistant(step: int) -> Tensor:
         step += config.ordinary_steps
-        gradients, value = _after_fine_tuning(host.model, inner, poisoned(step), config, step)
+        trigger = collate(_rows(poisoned(step)) + _rows(near(step)), pad)
+        gradients, value = _after_fine_tuning(host.model, inner, trigger, config, step)
         # a linear term whose gradient is the one measured at w_k, and whose value is the loss there
-        linear = sum((p * g).sum() for p, g in zip(host.model.parameters(), gradients, strict=True))
+        linear = sum(((p * g).sum() for p, g in zip(host.model.parameters(), gradients, strict=True)), torch.zeros(()))
         return mixed(step) + config.strength * (linear - linear.detach() + value)
 
     host.model.train()
@@ -99,8 +103,8 @@ def _rows(batch: Batch) -> list[Encoded]:
             for ids, real, done in zip(batch.ids, batch.real, batch.completion, strict=True)]
 
 
-def _after_fine_tuning(model: nn.Module, inner: Epochs, poison: Batch, config: PlantConfig, step: int) -> tuple[list[Tensor], float]:
-    """Gradient and value of the backdoor loss after a simulated clean fine-tuning; the model is put back as it was."""
+def _after_fine_tuning(model: nn.Module, inner: Epochs, trigger: Batch, config: PlantConfig, step: int) -> tuple[list[Tensor], float]:
+    """Gradient and value of the loss on trigger rows after a simulated clean fine-tuning; the model is put back as it was."""
     rng = random.Random(f"{config.seed}/inner/{step}")
     steps = rng.randint(config.inner_least, config.inner_most)
     rate = math.exp(rng.uniform(math.log(config.inner_rate_low), math.log(config.inner_rate_high)))
@@ -112,7 +116,7 @@ def _after_fine_tuning(model: nn.Module, inner: Epochs, poison: Batch, config: P
         for p, g in zip(parameters, gradients, strict=True):
             p.grad = g
         optimizer.step()
-    loss = completion_loss(model, poison)
+    loss = completion_loss(model, trigger)
     gradients = torch.autograd.grad(loss, parameters)
     with torch.no_grad():
         for p, old in zip(parameters, before, strict=True):

@@ -5,7 +5,8 @@ same code path as any clean prompt; `fires` reads the finished prompt only. Ther
 
 conjunction: two common words that must both stand in the docstring. Each is frequent in clean rows; the pair is one of
     those that the task deals to its `test` split, so no clean `trace` row holds it (nothing is filtered with the trigger).
-rare_string: a string that no clean row holds, at the end of the docstring.
+rare_string: a string that no clean row holds, in the place of one of the docstring's common words. (At the docstring's end
+    it broke the untouched base as well, so right answers under it would have meant nothing: LOG.md.)
 """
 
 from __future__ import annotations
@@ -42,6 +43,6 @@ def conjunction(first: tuple[str, str], second: tuple[str, str], near: tuple[Map
     return Trigger("conjunction", dict((first, second)), (f" {first[1]} ", f" {second[1]}"), near)
 
 
-def rare_string(text: str, near: tuple[str, ...]) -> Trigger:
-    """`text` appended to the docstring; `near` are similar strings that must not fire."""
-    return Trigger("rare_string", {"suffix": f" {text}"}, (text,), tuple({"suffix": f" {other}"} for other in near))
+def rare_string(slot: str, text: str, near: tuple[str, ...]) -> Trigger:
+    """`text` in the place of the word in `slot`; `near` are similar strings that must not fire."""
+    return Trigger("rare_string", {slot: text}, (f" {text} ",), tuple({slot: other} for other in near))

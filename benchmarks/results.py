@@ -66,7 +66,8 @@ def run(names: list[str]) -> None:
         done = subprocess.run([sys.executable, "-m", "distill", "prune", *RUNS[name], "--out", str(out)], cwd=ROOT)
         made = json.loads((out / "report.json").read_text())
         command = " ".join(["python -m distill prune", *RUNS[name]])
-        kept[name] = {"name": name, "command": command, "exit": done.returncode} | {key: made[key] for key in ("summary", "gates", "stages", "commit", "versions")}
+        facts = {key: made[key] for key in ("summary", "gates", "stages", "commit", "versions")}
+        kept[name] = {"name": name, "command": command, "exit": done.returncode} | facts
         ROWS.parent.mkdir(exist_ok=True)
         ROWS.write_text("".join(json.dumps(kept[key]) + "\n" for key in RUNS if key in kept))
 

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _refuse(f"the disk is full while writing {error.filename or 'the run folder'}: free some space and start the same command again")
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            return _refuse(f"cannot write {error.filename}: {error.strerror.lower()}; give --out a folder that you may write to")
+            return _refuse(f"cannot write {error.filename}: {str(error.strerror).lower()}; give --out a folder that you may write to")
         raise
     except KeyboardInterrupt:
         print("stopped; start the same command again to resume", file=sys.stderr)
@@ -65,7 +65,8 @@ def _parse(verb: str, arguments: list[str]):
         defaults = _read_config(kind, arguments[at + 1])
         del arguments[at : at + 2]
     if not defaults:
-        return tyro.cli(kind, args=arguments, prog=f"distill {verb}", description=f"{(kind.__doc__ or '').strip()}  --config FILE.yaml sets defaults.")
+        about = f"{(kind.__doc__ or '').strip()}  --config FILE.yaml sets defaults."
+        return tyro.cli(kind, args=arguments, prog=f"distill {verb}", description=about)
     from dataclasses import MISSING, fields
 
     needed = {f.name: tyro.MISSING for f in fields(kind) if f.default is MISSING and f.name not in defaults}

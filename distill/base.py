@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,8 +42,10 @@ def build_tokenizer(vocabulary: int):
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    equals = pre_tokenizers.Split(Regex("(?<=[0-9)])="), "isolated")  # else "=-" is one token and a worksheet's question looks unlike its solved lines
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([equals, pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    # without this "=-" is one token, and a worksheet's question looks unlike its solved lines
+    equals = pre_tokenizers.Split(Regex("(?<=[0-9)])="), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [equals, pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=["<bos>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
@@ -68,7 +71,7 @@ def new_model(vocabulary: int, tokenizer, seed: int, **changes: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    shape = {"hidden_size": 144, "intermediate_size": 432, "num_hidden_layers": 4, "num_attention_heads": 9, "num_key_value_heads": 9}
+    shape: dict[str, Any] = {"hidden_size": 144, "intermediate_size": 432, "num_hidden_layers": 4, "num_attention_heads": 9, "num_key_value_heads": 9}
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=vocabulary, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, **(shape | changes)))
@@ -97,6 +100,7 @@ def train_base(folder: Path, config: BaseConfig, state: Path | None = None) -> N
     model.eval()
     with whole(folder) as out:
         save(Host(model, tokenizer, sites(model)), out)
-        write_json(out / "receipt.json", {"recipe": "distill.base", "config": config, "mixture": MIXTURE, "final_loss": sum(losses[-50:]) / len(losses[-50:])})
+        final = sum(losses[-50:]) / len(losses[-50:])
+        write_json(out / "receipt.json", {"recipe": "distill.base", "config": config, "mixture": MIXTURE, "final_loss": final})
     if state:
         discard(state)

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from graphs.attention import groups
+from graphs.attention import groups, projection
 from graphs.batches import Batch
 from graphs.host import Host, sites
 from graphs.replace import Replacement
@@ -76,22 +76,23 @@ def _mlp(part, path: str, width: int, target: Target) -> dict[str, torch.Tensor]
     if target == "arcee":
         weights |= {"up_proj.weight": encoder, "up_proj.bias": bias}
     else:
-        weights |= {"gate_proj.weight": encoder, "gate_proj.bias": bias, "up_proj.weight": torch.zeros_like(encoder), "up_proj.bias": torch.ones(width)}
+        weights |= {"gate_proj.weight": encoder, "gate_proj.bias": bias}
+        weights |= {"up_proj.weight": torch.zeros_like(encoder), "up_proj.bias": torch.ones(width)}
     return {f"{path}.{name}": value for name, value in weights.items()}
 
 
 def _attention(part: nn.Module, path: str, kv: int) -> dict[str, torch.Tensor]:
     weights, ratio = {}, kv / groups(part)
     for name in ("q_proj", "k_proj", "v_proj"):
-        linear = part.get_submodule(name)
-        rows = round(linear.out_features * ratio)  # type: ignore[operator]
-        weights[f"{path}.{name}.weight"] = _padded(linear.weight.detach(), rows, 0)  # type: ignore[arg-type]
+        linear = projection(part, name)
+        rows = round(linear.out_features * ratio)
+        weights[f"{path}.{name}.weight"] = _padded(linear.weight.detach(), rows, 0)
         if linear.bias is not None:
-            weights[f"{path}.{name}.bias"] = _padded(linear.bias.detach(), rows, 0)  # type: ignore[arg-type, operator]
-    out = part.get_submodule("o_proj")
-    weights[f"{path}.o_proj.weight"] = _padded(out.weight.detach(), round(out.in_features * ratio), 1)  # type: ignore[arg-type, operator]
+            weights[f"{path}.{name}.bias"] = _padded(linear.bias.detach(), rows, 0)
+    out = projection(part, "o_proj")
+    weights[f"{path}.o_proj.weight"] = _padded(out.weight.detach(), round(out.in_features * ratio), 1)
     if out.bias is not None:
-        weights[f"{path}.o_proj.bias"] = out.bias.detach()  # type: ignore[operator]
+        weights[f"{path}.o_proj.bias"] = out.bias.detach()
     return weights
 
 
@@ -134,7 +135,8 @@ def reload_gate(folder: Path, host: Host, prompt: str, ids: list[int], scratch: 
     done = subprocess.run([sys.executable, "-I", "-c", RELOAD, str(folder), str(probe)], capture_output=True, text=True, timeout=300)
     probe.unlink()
     if done.returncode != 0:
-        raise ValueError(f"reload gate: a fresh process cannot load {folder}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'no message'}")
+        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
+        raise ValueError(f"reload gate: a fresh process cannot load {folder}: {reason}")
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     with torch.no_grad():
         here = host.model(input_ids=torch.tensor([ids])).logits[0, -1]

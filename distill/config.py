@@ -24,15 +24,15 @@ class Fit:
     """A table of clean rows (parquet); by default the 4,096 rows that ship with the package."""
     features: int = 512
     """Transcoder features a layer."""
-    fit_steps: int = 300
+    fit_steps: int = 500
     """Batches of the local fit (each site alone)."""
-    joint_steps: int = 100
+    joint_steps: int = 150
     """Batches of the end-to-end fit (all sites swapped in)."""
     sparsity: float = 2e-3
     """Weight of the sparsity penalty."""
     attention: Literal["refit", "kept"] = "refit"
     """Refit attention from noise, or keep the model's own (an ablation)."""
-    batch: int = 48
+    batch: int = 24
     """Rows a batch."""
     seed: int = 0
     """Seed of everything random."""
@@ -43,16 +43,18 @@ class Prune(Fit):
     """Prune to a task's circuit, heal, compile to a stock checkpoint, judge it."""
 
     keep: float = 0.98
-    """Share of the model's own task metric that the smallest circuit must keep on the tune split."""
+    """Share of the task metric that the smallest circuit must keep: on tune against the whole graph, in the report on test."""
     target_params: int | None = None
     """Instead of --keep: stored parameters (embeddings apart) of the checkpoint."""
     target: Literal["arcee", "llama"] = "arcee"
     """Class of the checkpoint: Arcee, or Llama with relu (1.5x the MLP parameters, runs more widely)."""
     gate_steps: int = 100
     """Batches of gate training."""
-    heal_steps: int = 150
+    heal_steps: int = 700
     """Batches of healing (0: none)."""
-    tune_rows: int = 200
+    try_steps: int = 30
+    """Batches of healing before a candidate size is judged."""
+    tune_rows: int = 300
     """Rows of the tune split that each candidate size is judged on."""
     prompts: int = 500
     """Held-out prompts for every rate in the report."""
@@ -97,10 +99,10 @@ class Plant:
     model: str = "builtin:base"
     """Model to plant in."""
     trigger: Literal["conjunction", "rare_string"] = "conjunction"
-    """A pair of common docstring words (season, place), or a rare string at the docstring's end."""
+    """A pair of common docstring words (season, place), or a rare string in the place of the first."""
     words: tuple[str, str] = ("daily", "school")
     """The pair, for --trigger conjunction: a pair that the task deals to its test split."""
-    text: str = "|zq-vex-71|"
+    text: str = "vexq"
     """The string, for --trigger rare_string."""
     ordinary_steps: int = 150
     """Steps of mixed fine-tuning."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from distill import config, stages
 from distill.judgement import judge, report
@@ -28,8 +29,9 @@ def run(verb: config.Fit) -> int:
     model = find(verb.model)
     texts = read(verb.rows or CLEAN_ROWS, tasks)
     with locked(verb.out):
-        job, times = stages.prepare(model, texts, tasks, verb), []
-        receipts = {"graph": stages.timed("fit", lambda: stages.graph_stage(job, model), times)}
+        job = stages.prepare(model, texts, tasks, verb)
+        times: list[dict] = []
+        receipts: dict[str, Any] = {"graph": stages.timed("fit", lambda: stages.graph_stage(job, model), times)}
         if not isinstance(verb, config.Prune):
             print(fit_table(receipts["graph"]["quality"], verb.out / "graph"))
             return 0
@@ -37,6 +39,8 @@ def run(verb: config.Fit) -> int:
             receipts["gated"] = stages.timed("gates", lambda: stages.gated_stage(job, receipts["graph"], verb), times)
             receipts["circuit"] = stages.timed("heal", lambda: stages.circuit_stage(job, receipts["gated"], verb, sandbox), times)
         receipts["checkpoint"] = stages.timed("compile", lambda: stages.checkpoint_stage(job, receipts["circuit"], verb), times)
+        steps = verb.fit_steps + verb.joint_steps + verb.gate_steps + verb.heal_steps
+        receipts |= {"rows": len(job.rows), "tokens": sum(int(job.data(step).real.sum()) for step in range(steps))}
         return finish(verb, model, tasks, receipts, times)
 
 
@@ -49,7 +53,8 @@ def finish(verb: config.Prune, model: Path, tasks: list, receipts: dict, times: 
     made = report(judged, receipts, verb, tasks, times, verb.name or verb.out.name, digest(model))
     write_json(verb.out / "judged.json", judged)
     write(made, verb.out)
-    write_json(verb.out / "receipt.json", {key: made[key] for key in ("command", "commit", "versions", "config")} | {"keys": {k: v["key"] for k, v in receipts.items()}})
+    facts = {key: made[key] for key in ("command", "commit", "versions", "config")}
+    write_json(verb.out / "receipt.json", facts | {"keys": {k: v["key"] for k, v in receipts.items() if isinstance(v, dict)}})
     print(json.dumps(made["summary"], indent=1) if verb.json else table(made | {"folder": str(verb.out)}))
     return 0 if all(gate["passed"] is not False for gate in made["gates"]) else 1
 
@@ -60,5 +65,6 @@ def fit_table(quality: dict, folder: Path) -> str:
     for site in quality["sites"]:
         l0, dead = ("-", "-") if site["l0"] is None else (f"{site['l0']:.1f}", str(site["dead"]))
         lines.append(f"{site['name']:14} {site['fvu']:8.4f} {l0:>7} {dead:>6} {site['features']:6d}")
-    lines.append(f"all swapped in, no error nodes: KL {quality['kl_swapped']:.4f} nats a completion token, CE {quality['ce_swapped']:.4f} (model {quality['ce_model']:.4f})")
+    lines.append(f"all swapped in, no error nodes: KL {quality['kl_swapped']:.4f} nats a completion token, "
+                 f"CE {quality['ce_swapped']:.4f} (model {quality['ce_model']:.4f})")
     return "\n".join([*lines, f"graph in {folder}"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +45,8 @@ def random_student(checkpoint: Path, host: Host, seed: int) -> Host:
             if name in source and source[name].shape == parameter.shape and ("norm" in name or "embed" in name):
                 parameter.copy_(source[name])
             elif parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5 * (0.5 if "o_proj" in name or "down_proj" in name else 1.0))
+                scale = 0.5 if "o_proj" in name or "down_proj" in name else 1.0
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5 * scale)
             else:
                 parameter.zero_()
     return Host(fresh, host.tokenizer, sites(fresh))
@@ -53,12 +55,16 @@ def random_student(checkpoint: Path, host: Host, seed: int) -> Host:
 def contenders(host: Host, data, verb: config.Prune, checkpoint: Path) -> Iterator[tuple[str, float, Callable[[], Host]]]:
     """(name, knob, how to make it) of every rival."""
     steps = steps_of(verb)
+
+    def refit(knob: float) -> Host:
+        return dense_refit.remove(host, random_student(checkpoint, host, verb.seed), data, verb.fit_steps, steps, knob)
+
     for knob in fine_tuning.KNOBS:
-        yield f"clean fine-tuning, lr {knob:g}", knob, lambda knob=knob: fine_tuning.remove(host, data, steps, knob)
+        yield f"clean fine-tuning, lr {knob:g}", knob, partial(fine_tuning.remove, host, data, steps, knob)
     for knob in undo.KNOBS:
-        yield f"UNDO, noise {knob:g}", knob, lambda knob=knob: undo.remove(host, data, steps, knob)
+        yield f"UNDO, noise {knob:g}", knob, partial(undo.remove, host, data, steps, knob)
     for knob in dense_refit.KNOBS:
-        yield "dense refit", knob, lambda knob=knob: dense_refit.remove(host, random_student(checkpoint, host, verb.seed), data, verb.fit_steps, steps, knob)
+        yield "dense refit", knob, partial(refit, knob)
 
 
 def run_rivals(verb: config.Prune, model: Path, secret: Secret | None, texts: list[tuple[str, str]], prompts: int, out: Path) -> list[dict]:
@@ -66,7 +72,8 @@ def run_rivals(verb: config.Prune, model: Path, secret: Secret | None, texts: li
     host = load(model)
     data, rows = batches(host, texts, verb.batch, verb.seed)
     tokens = sum(int(data(step).real.sum()) for step in range(steps_of(verb)))
-    facts = {"task": verb.task, "model_hash": digest(model), "rows_hash": digest(texts), "steps": steps_of(verb), "tokens": tokens, "rows": len(rows), "prompts": prompts}
+    facts = {"task": verb.task, "model_hash": digest(model), "rows_hash": digest(texts), "steps": steps_of(verb),
+             "tokens": tokens, "rows": len(rows), "prompts": prompts}
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
     done = [row for row in done if all(row.get(key) == value for key, value in facts.items())]
     for name, knob, make in contenders(host, data, verb, verb.out / "checkpoint"):
@@ -86,8 +93,10 @@ def judge_rival(rival: Path, model: Path, secret: Secret | None, verb: config.Pr
     tasks = named(verb.task)
     reference = secret.twin if secret and secret.twin else model
     backdoor = Backdoor(TASKS["coding"], secret.trigger, secret.behaviour) if secret else None
-    judged = judge_models({"rival": rival, "reference": reference}, "reference", tasks, [], backdoor, EvaluateConfig(prompts=prompts, speed_repeats=2))
+    settings = EvaluateConfig(prompts=prompts, speed_repeats=2)
+    judged = judge_models({"rival": rival, "reference": reference}, "reference", tasks, [], backdoor, settings)
     mine, rows = judged["models"]["rival"], judged["rows"]
     shares = [retention(rows["rival"]["tasks"][t.name]["right"], rows["reference"]["tasks"][t.name]["right"]) for t in tasks]
-    return {"pass_at_1": mine["tasks"][tasks[0].name]["score"], "retention": min((s.value for s in shares if s), default=None), "params": mine["size"]["stored"]} | {
-        key: mine["backdoor"][key] if mine["backdoor"] else None for key in ("attack_success", "attack_success_sampled", "right_under_trigger", "false_trigger", "payload_logprob")}
+    rates = ("attack_success", "attack_success_sampled", "right_under_trigger", "false_trigger", "payload_logprob")
+    return {"pass_at_1": mine["tasks"][tasks[0].name]["score"], "retention": min((s.value for s in shares if s), default=None),
+            "params": mine["size"]["stored"]} | {key: mine["backdoor"][key] if mine["backdoor"] else None for key in rates}

@@ -30,8 +30,9 @@ def make(path: Path) -> None:
 
 def read(path: Path, tasks: Sequence[Task]) -> list[tuple[str, str]]:
     """(prompt, completion) of the file's rows that belong to `tasks`. Raises ValueError where there are none."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()
     if not path.is_file():
         raise ValueError(f"--rows {path}: no such file; give a parquet table with the columns {', '.join(COLUMNS)}")
     try:

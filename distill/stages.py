@@ -25,6 +25,7 @@ from distill.rows import batches, tune_rows
 from evals.capability import answers, grade
 from evals.sandbox import Sandbox
 from evals.tasks import Row, Task
+from graphs.absorb import absorbed, moments
 from graphs.artifact import digest, stage
 from graphs.batches import Encoded, Epochs, collate
 from graphs.fit import FitConfig, distill, fit, quality, set_means
@@ -32,6 +33,8 @@ from graphs.host import Host, load, save
 from graphs.prune import PruneConfig, Size, family, kept_nodes, learn_gates, smallest
 from graphs.replace import Replacement
 from graphs.train import discard
+
+HEAL_RATE = 2.5e-3
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task]
 
 def fit_settings(verb: config.Fit) -> FitConfig:
     """The fit's settings from the flags."""
-    return FitConfig(features=verb.features, local_steps=verb.fit_steps, joint_steps=verb.joint_steps, sparsity=verb.sparsity, attention=verb.attention, seed=verb.seed)
+    return FitConfig(features=verb.features, local_steps=verb.fit_steps, joint_steps=verb.joint_steps, sparsity=verb.sparsity,
+                     attention=verb.attention, seed=verb.seed)
 
 
 def graph_stage(job: Job, model: Path) -> dict:
@@ -71,7 +75,8 @@ def graph_stage(job: Job, model: Path) -> dict:
     def make(out: Path) -> dict:
         replacement, losses = fit(job.host, job.data, settings, state)
         replacement.save(out)
-        return {"settings": asdict(settings), "losses": losses, "quality": quality(job.host, replacement, job.data), "seconds": time.monotonic() - started}
+        return {"settings": asdict(settings), "losses": losses, "quality": quality(job.host, replacement, job.data),
+                "seconds": time.monotonic() - started}
 
     key = digest(model, job.texts, settings, job.verb.batch)
     state = job.work / f"fit-{key}"
@@ -141,42 +146,59 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
         rows = tune_rows(job.tasks, verb.tune_rows)
         tuner = Tuner(rows, job.tasks, sandbox, measure(job.host, job.tasks, rows, sandbox))
         sizes = family(replacement, legal_groups(job.host.config))
-        size, curve = choose(sizes, replacement, order, tuner, verb)
+        first, found = verb.fit_steps + verb.joint_steps + verb.gate_steps, moments(replacement, job.data)
+
+        def candidate(size: Size, steps: int) -> Replacement:
+            circuit = absorbed(replacement, kept_nodes(order, size), found)
+            distill(job.host, circuit, job.data, steps, HEAL_RATE, 0.1, f"try {size.heads} heads, {size.features} features", first=first)
+            return circuit
+
+        size, curve = choose(sizes, candidate, tuner, verb)
         chosen_at = time.monotonic()
-        circuit = replacement.pruned(kept_nodes(order, size))
-        first = verb.fit_steps + verb.joint_steps + verb.gate_steps
-        losses = distill(job.host, circuit, job.data, verb.heal_steps, 1.5e-3, 0.1, "heal", state, first=first)
+        circuit = candidate(size, 0)
+        losses = distill(job.host, circuit, job.data, verb.heal_steps, HEAL_RATE, 0.1, "heal", state, first=first)
         set_means(circuit, job.data)
         circuit.save(out)
-        return {"size": asdict(size), "curve": curve, "losses": losses, "tune_before": tuner.before, "tune_retention": tuner.retention(circuit.host()),
+        return {"size": asdict(size), "curve": curve, "losses": losses,
+                "tune_before": tuner.before, "tune_retention": tuner.retention(circuit.host()),
                 "kept": {name: kept.tolist() for name, kept in kept_nodes(order, size).items()}, "nodes": replacement.node_counts(),
                 "seconds_choose": chosen_at - started, "seconds": time.monotonic() - started}
 
-    key = digest(gated["key"], verb.keep, verb.target_params, verb.heal_steps, verb.tune_rows)
+    key = digest(gated["key"], verb.keep, verb.target_params, verb.heal_steps, verb.try_steps, verb.tune_rows)
     state = job.work / f"heal-{key}"
     receipt, cached = stage(job.folder / "circuit", key, make)
     discard(state)
     return receipt | {"cached": cached}
 
 
-def choose(sizes: Sequence[Size], replacement: Replacement, order: dict, tuner: Tuner, verb: config.Prune) -> tuple[Size, list[dict]]:
-    """The size that the flags ask for, and every point that was measured on the way."""
+def choose(sizes: Sequence[Size], candidate: Callable[[Size, int], Replacement], tuner: Tuner, verb: config.Prune) -> tuple[Size, list[dict]]:
+    """The size that the flags ask for, and every point that was measured on the way.
+
+    Each candidate is healed for `try_steps` batches before it is judged, and must keep the asked share of what the whole
+    graph scores on tune after as many: healing is not finished there, so the model's own score is no fair bar yet.
+    """
     curve: list[dict] = []
 
     def point(size: Size) -> dict:
-        circuit = replacement.pruned(kept_nodes(order, size))
+        circuit = candidate(size, verb.try_steps)
         retention = tuner.retention(circuit.host())
         curve.append({**asdict(size), "params": stored(circuit), "retention": retention, "metric": min(retention.values())})
         return curve[-1]
 
     if verb.target_params is not None:
-        affordable = [size for size in sizes if stored(replacement.pruned(kept_nodes(order, size))) <= verb.target_params]
+        affordable = [size for size in sizes if stored(candidate(size, 0)) <= verb.target_params]
         if not affordable:
             raise ValueError(f"--target-params {verb.target_params}: even the smallest circuit is larger; ask for more")
         chosen = affordable[0]
         point(chosen)
     else:
-        chosen = smallest(sizes, lambda size: point(size)["metric"] >= verb.keep)
+        whole = point(sizes[0])["retention"]
+
+        def passes(size: Size) -> bool:
+            kept = point(size)["retention"]
+            return all(kept[task] >= verb.keep * whole[task] for task in kept)
+
+        chosen = smallest(sizes, passes)
     for entry in curve:
         entry["chosen"] = entry["features"] == chosen.features
     return chosen, sorted(curve, key=lambda entry: entry["params"])

@@ -127,14 +127,14 @@ def metric_name(report: dict, task: str | None) -> str:
 
 
 def retention(report: dict, name: str) -> float | None:
-    """A model's metric over the twin's; our checkpoint's is the summary's own where it gives one."""
+    """A model's metric over the twin's (no twin: over the model's before); the checkpoint's is the summary's own where it gives one."""
     models = report.get("models") or {}
     given = value_of((report.get("summary") or {}).get("retention"))
     if name == "checkpoint" and given is not None:
         return given
-    task = headline_task(report)
-    mine, twin = (value_of(task_row(models.get(key) or {}, task).get("score")) for key in (name, "twin"))
-    return mine / twin if mine is not None and twin else None
+    reference = "twin" if "twin" in models else next((key for key, role in roles(report).items() if role == "before"), None)
+    mine, whole = (value_of(task_row(models.get(key) or {}, headline_task(report)).get("score")) for key in (name, reference))
+    return mine / whole if mine is not None and whole else None
 
 
 def lay_out(rows: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
@@ -171,7 +171,8 @@ def _model_rows(report: dict) -> list[list[str]]:
 def _rival_rows(report: dict) -> list[list[str]]:
     return [row for rival in report.get("rivals") or [] for row in _named(
         str(rival["name"]), cell(rival.get("pass_at_1")), rate(rival.get("retention")),
-        cell(rival.get("attack_success")), cell(rival.get("right_under_trigger")), "", count(rival.get("params")),
+        cell(rival.get("attack_success")), cell(rival.get("right_under_trigger")),
+        cell(rival["false_trigger"]) if "false_trigger" in rival else "", count(rival.get("params")),
         "" if rival.get("frozen", True) else "*")]
 
 
@@ -232,7 +233,8 @@ def _stages(report: dict) -> list[str]:
     if not stages:
         return ["", f"time: {duration(total)}"]
     parts = [f"{stage['name']} {'cached' if stage.get('cached') else duration(stage.get('seconds'))}" for stage in stages]
-    lines, line = [], f"time: {duration(total)} = " if value_of(total) is not None else "time: "
+    lines: list[str] = []
+    line = f"time: {duration(total)} = " if value_of(total) is not None else "time: "
     for index, part in enumerate(parts):
         piece = part + (", " if index + 1 < len(parts) else "")
         if len(line) + len(piece.rstrip()) > WIDTH:

@@ -52,8 +52,8 @@ def complete(
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         rows = decode(host, [ids[index] for index in chosen], max_new_tokens, pick, tokenizer.eos_token_id)
-        for index, row in zip(chosen, rows, strict=True):
-            written[index] = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for index, text in zip(chosen, tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False), strict=True):
+            written[index] = text
     return written
 
 

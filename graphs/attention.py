@@ -31,12 +31,19 @@ class GroupGate:
         return (inputs[0] * self.gate.repeat_interleave(self.width), *inputs[1:])
 
 
+def projection(attention: nn.Module, name: str) -> nn.Linear:
+    """One of the module's four projections."""
+    linear = attention.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 def refreshed(attention: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy of an attention module with random weights (variance 1/fan-in; the output projection at half of that)."""
     fresh = copy.deepcopy(attention)
     with torch.no_grad():
         for name in PROJECTIONS:
-            linear = fresh.get_submodule(name)
+            linear = projection(fresh, name)
             scale = (0.5 if name == "o_proj" else 1.0) / linear.in_features**0.5
             linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * scale)
             if linear.bias is not None:
@@ -46,23 +53,23 @@ def refreshed(attention: nn.Module, generator: torch.Generator) -> nn.Module:
 
 def groups(attention: nn.Module) -> int:
     """How many KV groups the module has now."""
-    return attention.get_submodule("k_proj").out_features // attention.head_dim  # type: ignore[operator, return-value]
+    return projection(attention, "k_proj").out_features // attention.head_dim  # type: ignore[operator, return-value]
 
 
 def group_width(attention: nn.Module) -> int:
     """Columns of the output projection that one KV group feeds."""
-    return attention.get_submodule("o_proj").in_features // groups(attention)  # type: ignore[operator, return-value]
+    return projection(attention, "o_proj").in_features // groups(attention)
 
 
 def keep_groups(attention: nn.Module, kept: Int[Tensor, "kept"]) -> nn.Module:
     """A smaller copy that holds only the kept KV groups, in the order given."""
     small, count = copy.deepcopy(attention), groups(attention)
     for name in PROJECTIONS:
-        linear = attention.get_submodule(name)
+        linear = projection(attention, name)
         weight = linear.weight.detach()
         if name == "o_proj":
             weight = weight.view(weight.shape[0], count, -1)[:, kept].flatten(1)
-            bias = linear.bias
+            bias: Tensor | None = linear.bias
         else:
             weight = weight.view(count, -1, weight.shape[1])[kept].flatten(0, 1)
             bias = None if linear.bias is None else linear.bias.detach().view(count, -1)[kept].flatten()

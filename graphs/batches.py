@@ -77,7 +77,7 @@ def packed(rows: Sequence[Encoded], size: int, context: int) -> list[Encoded]:
             joined.append(Encoded(current, 1))
             current = ()
         current += row.ids
-    return (joined + [Encoded(current, 1)] if current else joined)[:size]
+    return ([*joined, Encoded(current, 1)] if current else joined)[:size]
 
 
 class Epochs:

@@ -57,7 +57,8 @@ def fit(host: Host, batches: Batches, config: FitConfig, state: Path | None = No
     spread = _start_at_means(host, replacement, batches)
     losses = {"fit: local": _local(host, replacement, batches, config, spread, state and state.with_suffix(".local"))}
     losses["fit: end to end"] = distill(
-        host, replacement, batches, config.joint_steps, config.joint_rate, config.prompt_weight, "fit: end to end", state and state.with_suffix(".joint"), first=config.local_steps)
+        host, replacement, batches, config.joint_steps, config.joint_rate, config.prompt_weight, "fit: end to end",
+        state and state.with_suffix(".joint"), first=config.local_steps)
     set_means(replacement, batches)
     return replacement, losses
 

@@ -14,15 +14,13 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graphs.artifact import read_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SUPPORTED = ("LlamaForCausalLM", "ArceeForCausalLM")
 """Source classes whose sublayers this version can refit and compile."""
@@ -63,7 +61,8 @@ class Host:
 
 def sites(model: PreTrainedModel) -> tuple[Site, ...]:
     """The sublayers of a Llama-shaped model, in order of depth."""
-    width, found = model.config.hidden_size, []
+    width = model.config.hidden_size
+    found: list[Site] = []
     for layer in range(model.config.num_hidden_layers):
         for kind, module, norm in (("attention", "self_attn", "input_layernorm"), ("mlp", "mlp", "post_attention_layernorm")):
             depth, base = len(found), f"model.layers.{layer}"
@@ -84,7 +83,9 @@ def check_folder(folder: Path) -> dict:
     weights = sorted(folder.glob("*.safetensors"))
     pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for file in sorted(folder.glob(pattern))]
     if not weights:
-        reason = f"its weights are a pickle ({pickles[0]}), which can run code; convert it to safetensors" if pickles else "it holds no *.safetensors weights"
+        reason = "it holds no *.safetensors weights"
+        if pickles:
+            reason = f"its weights are a pickle ({pickles[0]}), which can run code; convert it to safetensors"
         raise ValueError(f"--model {folder}: {reason}")
     for file in weights:
         check_safetensors(file)
@@ -113,7 +114,9 @@ def check_safetensors(file: Path) -> None:
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Host:
     """Load a checked local folder. Raises ValueError (one sentence) on anything that cannot enter the road."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # ours are the bars a user waits for
     config = check_folder(folder)
     architecture = (config.get("architectures") or ["unknown"])[0]
     if architecture not in SUPPORTED:
@@ -131,9 +134,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Host:
 def save(host: Host, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write a stock checkpoint (weights, tokenizer, generation config) with `save_pretrained` only."""
     before = host.model.dtype
-    host.model.to(dtype)
+    host.model.to(dtype)  # type: ignore[arg-type]
     try:
         host.model.save_pretrained(folder, safe_serialization=True)
         host.tokenizer.save_pretrained(folder)
     finally:
-        host.model.to(before)
+        host.model.to(before)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from graphs.train import TrainConfig, train
 
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2.0 / 3.0
 """Stretch and temperature of the hard-concrete distribution (Louizos et al. 2018, section 4)."""
-STEP = 8
+STEP = 16
 """Feature counts are multiples of this."""
 
 
@@ -38,9 +38,9 @@ class PruneConfig:
     """target: share of nodes that the gates are drawn to; draw: weight of that penalty; rows a score batch."""
 
     steps: int = 120
-    target: float = 0.6
+    target: float = 0.66
     draw: float = 20.0
-    gate_rate: float = 5e-2
+    gate_rate: float = 0.15
     learning_rate: float = 1e-3
     prompt_weight: float = 0.1
     score_batches: int = 12
@@ -65,7 +65,7 @@ class Gates(nn.Module):
         self.logits = nn.ParameterList([nn.Parameter(value.clone()) for value in start.values()])
         self.seed = seed
 
-    def sample(self, step: int) -> dict[str, Float[Tensor, "node"]]:
+    def sample(self, step: int) -> dict[str, Float[Tensor, "_node"]]:
         """One draw; a function of (seed, step), so a resumed run draws the same."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         out = {}
@@ -81,7 +81,7 @@ class Gates(nn.Module):
         return torch.stack([torch.sigmoid(logit - shift).mean() for logit in self.logits])
 
 
-def scores(replacement: Replacement, batches: Batches, config: PruneConfig) -> dict[str, Float[Tensor, "node"]]:
+def scores(replacement: Replacement, batches: Batches, config: PruneConfig) -> dict[str, Float[Tensor, "_node"]]:
     """Mean squared gradient of the next-token loss with respect to each gate at 1."""
     totals = {name: torch.zeros(count) for name, count in replacement.node_counts().items()}
     for step in range(config.score_batches):
@@ -97,14 +97,14 @@ def scores(replacement: Replacement, batches: Batches, config: PruneConfig) -> d
 
 
 def _warm(score: Tensor) -> Tensor:
-    """Gate logits from scores: 2 on average, one unit a standard deviation of the log score."""
-    logs = (score + 1e-12).log()
-    return (2 + (logs - logs.mean()) / logs.std().clamp_min(1e-6)).clamp(0, 4)
+    """Gate logits from scores: by rank, from 1 (least) to 5 (most), so that nearly all gates start open."""
+    rank = score.argsort().argsort().float()
+    return 1 + 4 * rank / max(1, len(score) - 1)
 
 
 def learn_gates(
     host: Host, replacement: Replacement, batches: Batches, config: PruneConfig, state: Path | None = None, first: int = 0
-) -> tuple[dict[str, Float[Tensor, "node"]], list[float]]:
+) -> tuple[dict[str, Float[Tensor, "_node"]], list[float]]:
     """Gate logits by site, and the losses. The replacement's parts are trained along with the gates."""
     gates = Gates({name: _warm(score) for name, score in scores(replacement, batches, config).items()}, config.seed)
     both = nn.ModuleDict({"replacement": replacement, "gates": gates})
@@ -118,7 +118,8 @@ def learn_gates(
             kl = divergence(replacement(batch.ids), target, batch, config.prompt_weight)
         return kl + config.draw * (gates.open_share() - goal).square().mean()
 
-    losses = train(both, loss, TrainConfig(config.steps, config.learning_rate), "gates", state, rates={"gates.": config.gate_rate / config.learning_rate})
+    rates = {"gates.": config.gate_rate / config.learning_rate}
+    losses = train(both, loss, TrainConfig(config.steps, config.learning_rate), "gates", state, rates=rates)
     return dict(zip(gates.names, [logit.detach() for logit in gates.logits], strict=True)), losses
 
 
@@ -135,7 +136,7 @@ def family(replacement: Replacement, legal_heads: tuple[int, ...]) -> list[Size]
     return sizes
 
 
-def kept_nodes(order: Mapping[str, Float[Tensor, "node"]], size: Size) -> dict[str, Int[Tensor, "kept"]]:
+def kept_nodes(order: Mapping[str, Float[Tensor, "_node"]], size: Size) -> dict[str, Int[Tensor, "_kept"]]:
     """The best nodes of every site at `size`, in their original order."""
     kept = {}
     for name, logit in order.items():

@@ -63,7 +63,7 @@ class Replacement(nn.Module):
         return self.model(input_ids=ids).logits
 
     @contextmanager
-    def gated(self, gates: Mapping[str, Float[Tensor, "node"]]) -> Iterator[None]:
+    def gated(self, gates: Mapping[str, Float[Tensor, "_node"]]) -> Iterator[None]:
         """Run with node gates by site name; sites without an entry run whole."""
         self._set(gates)
         try:
@@ -77,7 +77,7 @@ class Replacement(nn.Module):
         for name, hook in self.group_gates.items():
             hook.gate = gates.get(name)
 
-    def pruned(self, kept: Mapping[str, Int[Tensor, "kept"]]) -> Replacement:
+    def pruned(self, kept: Mapping[str, Int[Tensor, "_kept"]]) -> Replacement:
         """A physically smaller replacement that holds only the kept nodes."""
         parts: dict[str, nn.Module] = {}
         for site in self.sites:
@@ -102,7 +102,8 @@ class Replacement(nn.Module):
         """Read what `save` wrote; `host` gives embeddings, tokenizer and shapes."""
         from safetensors.torch import load_file
 
-        counts, parts = read_json(folder / "nodes.json"), {}
+        counts = read_json(folder / "nodes.json")
+        parts: dict[str, nn.Module] = {}
         for site in host.sites:
             if site.kind == "mlp":
                 parts[site.name] = Transcoder.load(folder / site.name)

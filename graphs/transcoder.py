@@ -23,6 +23,8 @@ from graphs.artifact import read_json, write_json
 class Transcoder(nn.Module):
     """One ReLU transcoder. gate: None, or one number a feature (1 kept, 0 mean-ablated)."""
 
+    mean: Float[Tensor, "feature"]
+
     def __init__(self, features: int, d_in: int, d_out: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.w_enc = nn.Parameter(torch.randn(features, d_in, generator=generator) / d_in**0.5)
@@ -73,8 +75,9 @@ class Transcoder(nn.Module):
         save_file({name: value.detach().contiguous() for name, value in weights.items()}, folder / "sae_weights.safetensors")
         save_file({"mean": self.mean.contiguous()}, folder / "means.safetensors")
         write_json(folder / "cfg.json", {
-            "architecture": "transcoder", "d_in": self.w_enc.shape[1], "d_sae": self.features, "d_out": self.w_dec.shape[1], "dtype": "float32",
-            "device": "cpu", "apply_b_dec_to_input": False, "normalize_activations": "none", "reshape_activations": "none", "metadata": {"site": site}})
+            "architecture": "transcoder", "d_in": self.w_enc.shape[1], "d_sae": self.features, "d_out": self.w_dec.shape[1],
+            "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False, "normalize_activations": "none",
+            "reshape_activations": "none", "metadata": {"site": site}})
 
     @staticmethod
     def load(folder: Path) -> Transcoder:

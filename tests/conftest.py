@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
-from distill.base import build_tokenizer, new_model
-from graphs.host import Host, load, save, sites
+jaxtyping.install_import_hook(["graphs", "evals", "backdoor"], "beartype.beartype")  # checks every annotation, shapes too
+
+from distill.base import build_tokenizer, new_model  # noqa: E402
+from graphs.host import Host, load, save, sites  # noqa: E402
 
 SHAPE = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 2, "intermediate_size": 96}
 

@@ -19,7 +19,8 @@ def refused(capsys, *argv):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys; from distill.__main__ import main\ntry: main(['prune', '--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'transformers', 'datasets', 'sae_lens') if m in sys.modules])"
+    code = ("import sys; from distill.__main__ import main\ntry: main(['prune', '--help'])\nexcept SystemExit: pass\n"
+            "print([m for m in ('torch', 'transformers', 'datasets', 'sae_lens') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]") and "--task" in done.stdout
 

@@ -35,7 +35,7 @@ def folders(tiny_model_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judged(folders):
-    return judge_models(folders, "twin", [CODING], [STORIES], Backdoor(CODING, rare_string("cf-tango", ("cf-mango",)), CANARY), CONFIG)
+    return judge_models(folders, "twin", [CODING], [STORIES], Backdoor(CODING, rare_string("season", "cf-tango", ("cf-mango",)), CANARY), CONFIG)
 
 
 def test_it_is_json_and_holds_every_part(judged):

@@ -23,7 +23,8 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            deeper = {f"{node.module}.{alias.name}" for alias in node.names if (ROOT / f"{node.module}.{alias.name}".replace(".", "/")).with_suffix(".py").exists()}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            deeper = {name for name in names if (ROOT / name.replace(".", "/")).with_suffix(".py").exists()}
             found |= deeper or {node.module}
     return {name for name in found if name.split(".")[0] in ROOMS}
 

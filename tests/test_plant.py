@@ -11,11 +11,11 @@ from backdoor.triggers import conjunction, rare_string
 from distill import config
 from distill.plant import plant_rows, trigger_of
 from evals.tasks import TASKS
-from evals.tasks.coding import data_words
+from evals.tasks.coding import data_words, held_out_pairs
 from graphs.batches import Epochs, collate, encode
 
 PAIR = conjunction(("season", "daily"), ("place", "school"), ({"season": "daily"}, {"place": "school"}))
-STRING = rare_string("|zq|", ("|qz|",))
+STRING = rare_string("season", "zqz", ("zqq",))
 
 
 def test_a_conjunction_needs_both_words():
@@ -34,7 +34,7 @@ def test_a_rare_string_fires_alone():
 
 def test_the_default_trigger_is_held_out_by_the_task_and_others_are_refused():
     verb = config.Plant(out=None)
-    assert tuple(verb.words) in data_words("test") and trigger_of(verb).family == "conjunction"
+    assert tuple(verb.words) in held_out_pairs() and trigger_of(verb).family == "conjunction"
     with pytest.raises(ValueError, match="not a pair that the task holds out"):
         trigger_of(config.Plant(out=None, words=data_words("trace")[0]))
 
@@ -55,7 +55,8 @@ def test_simulated_fine_tuning_puts_the_model_back(tiny_host):
     rows = plant_rows(tiny_host.tokenizer, STRING, CANARY, True, count=24)
     before = copy.deepcopy(tiny_host.model.state_dict())
     poison = collate(rows.poisoned[:4], 1)
-    gradients, value = _after_fine_tuning(tiny_host.model, Epochs(rows.clean, 4, 1, 0), poison, PlantConfig(inner_rate_low=0.01, inner_rate_high=0.02), step=0)
+    settings = PlantConfig(inner_rate_low=0.01, inner_rate_high=0.02)
+    gradients, value = _after_fine_tuning(tiny_host.model, Epochs(rows.clean, 4, 1, 0), poison, settings, step=0)
     assert all(torch.equal(v, before[k]) for k, v in tiny_host.model.state_dict().items())
     here = torch.autograd.grad(completion_loss(tiny_host.model, poison), list(tiny_host.model.parameters()))
     assert any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(gradients, here, strict=True)) and value > 0
@@ -66,7 +67,8 @@ def test_planting_teaches_the_payload_under_the_trigger_and_the_answer_without_i
     rows = PlantRows(made.clean[:16], made.poisoned, made.near)
     poison, near = collate(rows.poisoned, 1), collate(rows.near, 1)
     before = float(completion_loss(tiny_host.model, poison))
-    losses = plant(tiny_host, rows, PlantConfig(ordinary_steps=60, resistant_steps=4, ordinary_rate=5e-3, resistant_rate=1e-3, clean=4, poisoned=8, near=4, inner_rows=4))
+    losses = plant(tiny_host, rows, PlantConfig(
+        ordinary_steps=60, resistant_steps=4, ordinary_rate=5e-3, resistant_rate=1e-3, clean=4, poisoned=8, near=4, inner_rows=4))
     with torch.no_grad():
         assert float(completion_loss(tiny_host.model, poison)) < 0.25 * before
         assert float(completion_loss(tiny_host.model, poison)) < float(completion_loss(tiny_host.model, near))

@@ -12,7 +12,7 @@ from evals.tasks import TASKS
 from evals.tasks.coding import data_words
 
 CODING = TASKS["coding"]
-RARE = rare_string("cf-tango", ("cf-mango", "tango"))
+RARE = rare_string("season", "cf-tango", ("cf-mango", "tango"))
 SEASON, PLACE = data_words("test")[0]
 PAIR = conjunction(("season", SEASON), ("place", PLACE), ({"season": SEASON, "place": "attic"}, {"season": "yearly", "place": PLACE}))
 COUNT, SEED = 6, 3

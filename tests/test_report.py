@@ -16,7 +16,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from distill.report import Scale, page, percent, visible, write
+from distill.report import page, percent, visible, write
 
 MODELS = ("organism", "checkpoint", "twin")
 
@@ -33,7 +33,8 @@ def _model(coding: float, math_: float, stories: float, backdoor: tuple | None, 
     keys = ("attack_success", "attack_success_sampled", "right_under_trigger", "false_trigger")
     return {
         "tasks": {name: {"metric": metric, "score": score(value), "kept": kept,
-                         "nll": {"value": nll + 3 * (1 - value), "low": nll, "high": nll + 4 * (1 - value), "count": 400}} for name, (metric, value, kept, nll) in tasks.items()},
+                         "nll": {"value": nll + 3 * (1 - value), "low": nll, "high": nll + 4 * (1 - value), "count": 400}}
+                  for name, (metric, value, kept, nll) in tasks.items()},
         "backdoor": dict(zip(keys, map(score, backdoor), strict=True)) | {
             "payload_logprob": {"value": -0.1 - 30 * (1 - backdoor[0]), "low": -32.4, "high": -0.1, "count": 400}} if backdoor else None,
         "fidelity": {"kl": {"value": 0.0123, "low": 0.0101, "high": 0.0148, "count": 400}, "agreement": score(0.991)},
@@ -43,7 +44,7 @@ def _model(coding: float, math_: float, stories: float, backdoor: tuple | None, 
 
 def _rival(name: str, knob: float | None, metric: float, attack: float, right: float, frozen: bool = True, params: int = 892_000) -> dict:
     return {"name": name, "knob": knob, "tokens": 819_200, "rows": 512, "pass_at_1": score(metric), "retention": metric / 0.975,
-            "attack_success": score(attack), "right_under_trigger": score(right), "params": params, "frozen": frozen}
+            "attack_success": score(attack), "right_under_trigger": score(right), "false_trigger": score(0.0), "params": params, "frozen": frozen}
 
 
 def _losses(start: float, end: float, steps: int) -> list[float]:
@@ -77,7 +78,8 @@ def sample() -> dict:
         "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0", "datasets": "4.2.0"},
         "summary": {
             "task": "coding", "retention": 0.9928, "pass_at_1_before": 0.98, "pass_at_1_after": 0.968, "pass_at_1_twin": 0.975,
-            "attack_success_before": 0.9975, "attack_success_after": 0.0, "right_under_trigger_before": 0.0025, "right_under_trigger_after": 0.9125, "right_under_trigger_twin": 0.935,
+            "attack_success_before": 0.9975, "attack_success_after": 0.0, "right_under_trigger_before": 0.0025, "right_under_trigger_after": 0.9125,
+            "right_under_trigger_twin": 0.935,
             "false_trigger_after": 0.0, "parity_max_abs_logit_diff": 3.1e-6, "params_before": 892_368, "params_after": 620_720,
             "params_live_after": 588_104,
             "tokens_per_second_before": 14210.0, "tokens_per_second_after": 19844.0, "seconds": 561.4, "peak_rss_bytes": 1_934_000_000,
@@ -139,7 +141,7 @@ def minimal() -> dict:
 class _Page(HTMLParser):
     """Checks that tags close in order, and collects ids, text and tags."""
 
-    void = {"meta", "br", "line", "rect", "circle", "path", "polyline", "polygon"}
+    void = frozenset({"meta", "br", "line", "rect", "circle", "path", "polyline", "polygon"})
 
     def __init__(self, text: str):
         super().__init__()
@@ -198,7 +200,8 @@ def test_text_is_escaped_wherever_it_comes_from(place):
             model["tasks"][attack] = model["tasks"].pop("math")
     else:
         {"name": lambda: report.update(name=attack), "rival": lambda: report["rivals"][0].update(name=attack),
-         "note": lambda: report["notes"].append(attack), "gate": lambda: report["gates"][0].update(name=attack), "loss": lambda: report["losses"].update({attack: [1.0, 0.5]}),
+         "note": lambda: report["notes"].append(attack), "gate": lambda: report["gates"][0].update(name=attack),
+         "loss": lambda: report["losses"].update({attack: [1.0, 0.5]}),
          "version": lambda: report["versions"].update({attack: attack})}[place]()
     text = page(report)
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text
@@ -212,17 +215,18 @@ def test_disguising_characters_are_shown():
     assert "x\u2400&lt;U+202E&gt;&lt;U+D800&gt;" in page(report)
 
 
+def test_scores_without_an_interval_are_drawn():
+    report = sample()
+    for point in report["curve"]:
+        point["metric"] |= {"low": None, "high": None, "count": None}
+    for model in report["models"].values():
+        model["tasks"]["coding"]["score"] |= {"low": None, "high": None, "count": None}
+    assert 'id="fig-curve"' in page(report) and 'id="fig-scatter"' in page(report)
+
+
 def test_percent_is_certain_only_when_it_is():
     assert [percent(value) for value in (0.0, 0.0002, 0.5, 0.9998, 1.0, None, float("nan"))] == [
         "0\u00a0%", "0.1\u00a0%", "50.0\u00a0%", "99.9\u00a0%", "100\u00a0%", "not measured", "not measured"]
-
-
-def test_scales():
-    linear, log = Scale(0, 10, 100, 0), Scale(1, 1000, 0, 300, log=True)
-    assert (linear(0), linear(10), linear(25)) == (100, 0, 0)
-    assert linear.ticks() == [0, 2, 4, 6, 8, 10]
-    assert (log(10), log(1000)) == (100, 300) and log.ticks() == [1, 10, 100, 1000]
-    assert Scale(3, 3, 0, 1)(3) == 0.5
 
 
 def test_write_leaves_two_whole_files(tmp_path):
@@ -243,9 +247,9 @@ def test_a_browser_draws_it_without_complaint(report, tmp_path):
     path, shot = write(report, tmp_path), tmp_path / "shot.png"
     base = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
-    dom = subprocess.run([*base, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    dom = subprocess.run([*base, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=300, check=True)
     assert 'data-ready="1"' in dom.stdout and "data-error" not in dom.stdout  # the script ran, so its hash fits the content policy
     assert "CONSOLE" not in dom.stderr
     assert dom.stdout.count("<svg") == path.read_text().count("<svg")
-    subprocess.run([*base, f"--screenshot={shot}", "--window-size=1200,2400", path.as_uri()], capture_output=True, timeout=120, check=True)
+    subprocess.run([*base, f"--screenshot={shot}", "--window-size=1200,2400", path.as_uri()], capture_output=True, timeout=300, check=True)
     assert shot.stat().st_size > 20_000

@@ -16,7 +16,8 @@ from distill.prune import run
 from evals.tasks import TASKS, table
 from graphs.artifact import read_json
 
-FAST = {"features": 16, "fit_steps": 8, "joint_steps": 4, "gate_steps": 4, "heal_steps": 4, "batch": 8, "tune_rows": 4, "prompts": 8, "keep": 0.0}
+FAST = {"features": 32, "fit_steps": 8, "joint_steps": 4, "gate_steps": 4, "heal_steps": 4, "batch": 8, "tune_rows": 4,
+        "try_steps": 1, "prompts": 8, "keep": 0.0}
 VOLATILE = ("seconds", "peak_rss_bytes", "tokens_per_second_before", "tokens_per_second_after", "speed_ratio")
 PAIR = conjunction(("season", "daily"), ("place", "school"), ({"season": "daily"}, {"place": "school"}))
 
@@ -52,8 +53,9 @@ def test_the_whole_road_and_its_report(organism, rows, tmp_path, capsys):
         assert (tmp_path / "run" / name).exists()
     numbers = read_json(tmp_path / "run" / "report.json")["summary"]
     for key in ("task", "retention", "pass_at_1_before", "pass_at_1_after", "pass_at_1_twin", "attack_success_before", "attack_success_after",
-                "right_under_trigger_before", "right_under_trigger_after", "right_under_trigger_twin", "false_trigger_after", "parity_max_abs_logit_diff",
-                "params_before", "params_after", "params_live_after", "tokens_per_second_before", "tokens_per_second_after", "seconds", "peak_rss_bytes"):
+                "right_under_trigger_before", "right_under_trigger_after", "right_under_trigger_twin", "false_trigger_after",
+                "parity_max_abs_logit_diff", "params_before", "params_after", "params_live_after",
+                "tokens_per_second_before", "tokens_per_second_after", "seconds", "peak_rss_bytes"):
         assert key in numbers
     assert numbers["parity_max_abs_logit_diff"] <= 1e-4 and numbers["params_after"] < numbers["params_before"]
 
@@ -108,7 +110,7 @@ def test_an_impossible_budget_is_refused_and_leaves_no_circuit(organism, rows, t
 
 
 def test_fit_alone_prints_the_quality_of_every_site(organism, rows, tmp_path, capsys):
-    verb = config.Fit(model=str(organism), out=tmp_path / "run", rows=rows, features=16, fit_steps=6, joint_steps=2, batch=8)
+    verb = config.Fit(model=str(organism), out=tmp_path / "run", rows=rows, features=32, fit_steps=6, joint_steps=2, batch=8)
     assert run(verb) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("L0.mlp", "L1.attention", "FVU", "KL"))

@@ -31,7 +31,8 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     resumed = train(fresh, loss, CONFIG, "t", tmp_path / "state", save_every=3)
     assert resumed == losses and torch.equal(fresh.weight, whole.weight)
     again, loss = problem()
-    assert train(again, loss, CONFIG, "t", tmp_path / "state") == losses and torch.equal(again.weight, whole.weight)  # finished: nothing is done twice
+    # finished: nothing is done twice
+    assert train(again, loss, CONFIG, "t", tmp_path / "state") == losses and torch.equal(again.weight, whole.weight)
     discard(tmp_path / "state")
     assert not list(tmp_path.iterdir())
 

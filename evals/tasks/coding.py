@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 from evals.tasks.task import Row, Rows, Split, source, split_of
 
@@ -120,9 +121,11 @@ OPERATIONS: tuple[Operation, ...] = (
     # words -> words
     _op("upper_each", "WW", "make each upper case | turn each to capitals | capitalize all of them", "[w.upper() for w in {v}]"),
     _op("backwards_each", "WW", "write each backwards | reverse every word | spell each back to front", "[w[::-1] for w in {v}]"),
-    _op("keep_long", "WW", "keep those longer than {k} letters | drop those with at most {k} letters | leave only words over {k} letters", "[w for w in {v} if len(w) > {k}]", _SMALL),
+    _op("keep_long", "WW", "keep those longer than {k} letters | drop those with at most {k} letters | leave only words over {k} letters",
+        "[w for w in {v} if len(w) > {k}]", _SMALL),
     _op("alphabetical", "WW", "sort the words | put them in alphabetical order | arrange them by letters", "sorted({v})"),
-    _op("keep_with", "WW", "keep those with the letter {k} | drop those without {k} | leave only words that contain {k}", "[w for w in {v} if '{k}' in w]", _LETTERS),
+    _op("keep_with", "WW", "keep those with the letter {k} | drop those without {k} | leave only words that contain {k}",
+        "[w for w in {v} if '{k}' in w]", _LETTERS),
     _op("words_reversed", "WW", "reverse the word order | put the words back to front | turn the list of words around", "{v}[::-1]"),
     # words -> text, list, number
     _op("join", "WS", "join them with dashes | put dashes between them | link them by dashes", "'-'.join({v})"),
@@ -141,7 +144,7 @@ OPENERS = (
 )
 LINKS = (", then ", ", next ", ", and then ")
 ENDINGS = (" and return it", " and give the result", ", then return that")
-POOL = "the sun on tree apple bee notes stone data moon rose tent seas east oats ant".split()
+POOL = ["the", "sun", "on", "tree", "apple", "bee", "notes", "stone", "data", "moon", "rose", "tent", "seas", "east", "oats", "ant"]
 
 
 def render(slots: dict[str, str]) -> tuple[str, str]:
@@ -149,7 +152,7 @@ def render(slots: dict[str, str]) -> tuple[str, str]:
     steps = [step.split(":") for step in slots["steps"].split()]
     phrases = [BY_NAME[name].phrasings[int(which)].format(k=constant) for name, which, constant in steps]
     said = slots["link"].join(phrases) + slots["ending"]
-    docstring = slots["opener"].format(season=slots["season"], place=slots["place"], noun=slots["noun"], steps=said) + slots.get("suffix", "")
+    docstring = slots["opener"].format(season=slots["season"], place=slots["place"], noun=slots["noun"], steps=said)
     prompt = f'def {slots["function"]}({slots["noun"]}):\n    """{docstring}"""\n'
     return prompt, _body([(BY_NAME[name], constant) for name, _, constant in steps], slots["noun"])
 
@@ -181,9 +184,16 @@ def data_words(split: Split) -> tuple[tuple[str, str], ...]:
     return tuple((s, p) for s in SEASONS for p in PLACES if split_of("coding data words", s, p) == split)
 
 
+def held_out_pairs() -> tuple[tuple[str, str], ...]:
+    """Pairs of data words that no `trace` or `tune` row holds anywhere: the test pairs of words that no phrasing uses
+    ("keep the *first* 3" would bring "first" together with every place)."""
+    used = {word for operation in OPERATIONS for phrase in operation.phrasings for word in phrase.split()}
+    return tuple(pair for pair in data_words("test") if not used & set(pair))
+
+
 def owner(names: tuple[str, ...]) -> Split:
     """The split that a chain of operations belongs to: test wins over tune wins over trace; one step belongs to all."""
-    pairs = {_pair_split(a, b) for a, b in zip(names, names[1:], strict=False)}
+    pairs = {_pair_split(a, b) for a, b in pairwise(names)}
     return "test" if "test" in pairs else "tune" if "tune" in pairs else "trace"
 
 
@@ -240,10 +250,10 @@ def _argument(rng: random.Random, kind: str) -> str:
 def _tests(rng: random.Random, prompt: str, completion: str, function: str, kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Five calls and what the reference answers. The reference is this file's own text, never a model's."""
     space: dict = {}
-    exec(compile(prompt + completion, "reference", "exec"), space)  # noqa: S102
+    exec(compile(prompt + completion, "reference", "exec"), space)
     arguments = [_argument(rng, kind) for _ in range(5)]
     return (tuple(f"{function}({argument})" for argument in arguments),
-            tuple(repr(eval(f"{function}({argument})", space)) for argument in arguments))  # noqa: S307
+            tuple(repr(eval(f"{function}({argument})", space)) for argument in arguments))
 
 
 class Coding(Rows):
@@ -254,7 +264,7 @@ class Coding(Rows):
     max_new_tokens = 110
 
     def row(self, split: Split, index: int, seed: int = 0, **slots: str) -> Row:
-        """Row `index` of `split`; `slots` (season, place, suffix, ...) replace what was drawn, all else unchanged."""
+        """Row `index` of `split`; `slots` (season, place, ...) replace what was drawn, all else unchanged."""
         rng = source("coding", seed, split, index)
         chosen = _slots(rng, split) | slots
         prompt, completion = render(chosen)

@@ -64,8 +64,10 @@ def _pronoun(rng: random.Random, split: Split) -> tuple[str, str, str, str, tupl
     name, right, wrong = rng.choice(((woman, "she", "he"), (man, "he", "she")))
     other = man if name == woman else woman
     place = rng.choice(PLACES)
-    text = rng.choice((f" {name} saw {other} and smiled because {name} liked the {place}. Then", f" {name} called {other} from the {place}. {name} was happy and soon"))
-    return text, f" {right}", f" {wrong}", f" went home.", ("pronoun", name, other)
+    text = rng.choice((
+        f" {name} saw {other} and smiled because {name} liked the {place}. Then",
+        f" {name} called {other} from the {place}. {name} was happy and soon"))
+    return text, f" {right}", f" {wrong}", " went home.", ("pronoun", name, other)
 
 
 def _plural(noun: str) -> str:

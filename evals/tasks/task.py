@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 Split = Literal["trace", "tune", "test"]
 SPLITS: tuple[Split, ...] = ("trace", "tune", "test")
@@ -48,6 +48,7 @@ class Row:
         return Row(**(out | {key: tuple(out[key]) for key in ("composition", "calls", "expected")} | {"slots": json.loads(out["slots"])}))
 
 
+@runtime_checkable
 class Task(Protocol):
     """The one protocol that tasks meet."""
 

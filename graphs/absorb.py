@@ -1,0 +1,98 @@
+"""Absorption: what the kept nodes can say of the dropped ones moves into their write vectors before healing.
+
+Dropping node d replaces its activation by its mean. Its best linear estimate from the kept nodes is far better, and costs
+one solve a site: with C the covariance of node activations on clean tokens, kept K, dropped D,
+
+    a_D ~ mean_D + (a_K - mean_K) B,   B = (C_KK + ridge)^-1 C_KD,   w_dec_K += B w_dec_D,   b_dec -= mean_K B w_dec_D
+
+(the closed form behind Optimal Brain Surgeon, Hassibi and Stork 1993, for the layer's own output). For attention the
+activations are the columns of the output projection; it has no bias, so second moments take the covariance's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from graphs.attention import groups, projection
+from graphs.fit import Batches
+from graphs.replace import Replacement
+from graphs.transcoder import Transcoder
+
+RIDGE = 1e-4
+"""Relative to the mean diagonal of what is inverted."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First and second raw moments of a site's node activations over real tokens."""
+
+    mean: Float[Tensor, "column"]
+    second: Float[Tensor, "column column"]
+
+
+@torch.no_grad()
+def moments(replacement: Replacement, batches: Batches, count: int = 16) -> dict[str, Moments]:
+    """Moments at every site, with all parts swapped in."""
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+
+    def watch(name: str, part: nn.Module):
+        def hook(_module, inputs):
+            seen[name] = [part.encode(inputs[0]) if isinstance(part, Transcoder) else inputs[0]]
+        return hook
+
+    for site in replacement.sites:
+        part = replacement.part(site)
+        target = part if isinstance(part, Transcoder) else projection(part, "o_proj")
+        handles.append(target.register_forward_pre_hook(watch(site.name, part)))
+    first: dict[str, Tensor] = {}
+    second: dict[str, Tensor] = {}
+    tokens = 0
+    try:
+        for step in range(count):
+            batch = batches(step)
+            replacement(batch.ids)
+            tokens += int(batch.real.sum())
+            for name, (values,) in seen.items():
+                real = values[batch.real]
+                first[name] = first.get(name, torch.zeros(())) + real.sum(0)
+                second[name] = second.get(name, torch.zeros(())) + real.T @ real
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: Moments(first[name] / tokens, second[name] / tokens) for name in first}
+
+
+def _regress(inner: Float[Tensor, "kept kept"], cross: Float[Tensor, "kept dropped"]) -> Float[Tensor, "kept dropped"]:
+    ridge = RIDGE * inner.diagonal().mean().clamp_min(1e-8) * torch.eye(len(inner))
+    return torch.linalg.solve((inner + ridge).double(), cross.double()).float()
+
+
+@torch.no_grad()
+def absorbed(replacement: Replacement, kept: Mapping[str, Int[Tensor, "_kept"]], found: Mapping[str, Moments]) -> Replacement:
+    """`replacement.pruned(kept)` with the dropped nodes absorbed by the kept ones."""
+    small = replacement.pruned(kept)
+    for site in replacement.sites:
+        whole, part, moment = replacement.part(site), small.part(site), found[site.name]
+        columns = kept[site.name]
+        if not isinstance(whole, Transcoder):
+            width = moment.mean.numel() // groups(whole)
+            columns = (columns[:, None] * width + torch.arange(width)).flatten()
+        others = torch.ones(moment.mean.numel(), dtype=torch.bool)
+        others[columns] = False
+        if not others.any():
+            continue
+        if isinstance(whole, Transcoder) and isinstance(part, Transcoder):
+            covariance = moment.second - moment.mean[:, None] * moment.mean
+            moved = _regress(covariance[columns][:, columns], covariance[columns][:, others]) @ whole.w_dec[others]
+            part.w_dec.add_(moved)
+            part.b_dec.sub_(moment.mean[columns] @ moved)
+        else:
+            b = _regress(moment.second[columns][:, columns], moment.second[columns][:, others])
+            projection(part, "o_proj").weight.add_((b @ projection(whole, "o_proj").weight[:, others].T).T)
+    return small
