@@ -1,6 +1,7 @@
 """Every figure in the README: run the commands, keep their summaries, print them into the README.
 
     python benchmarks/results.py run      runs each command below, writes results/summaries.jsonl (one row a command)
+    python benchmarks/results.py keep NAME FOLDER   takes the row from a finished run of that command (make demo is `default`)
     python benchmarks/results.py readme   writes the README's table from that file; the tests check that it is current
 
 A row holds the command, the flat summary that the run wrote, the gates, the commit and the versions; nothing is typed by hand.
@@ -58,24 +59,33 @@ def readme() -> str:
     return text[: text.index(BEGIN)] + block() + text[text.index(END) + len(END):]
 
 
+def keep(name: str, folder: Path, status: int | None = None) -> None:
+    """Put the finished run in `folder` into the row `name`; the other rows stay."""
+    made = json.loads((folder / "report.json").read_text())
+    found = {row["name"]: row for row in rows()} if ROWS.is_file() else {}
+    command = " ".join(["python -m distill prune", *RUNS[name]])
+    passed = all(gate["passed"] is not False for gate in made["gates"])
+    facts = {key: made[key] for key in ("summary", "gates", "stages", "commit", "versions")}
+    found[name] = {"name": name, "command": command, "gates_passed": passed, "exit": status} | facts
+    ROWS.parent.mkdir(exist_ok=True)
+    ROWS.write_text("".join(json.dumps(found[key]) + "\n" for key in RUNS if key in found))
+
+
 def run(names: list[str]) -> None:
-    """Run the named commands (all by default) and write their rows, keeping the rows of the others."""
-    kept = {row["name"]: row for row in rows()} if ROWS.is_file() else {}
+    """Run the named commands (all by default) and keep their rows."""
     for name in names or list(RUNS):
         out = ROOT / "runs" / f"results-{name}"
         done = subprocess.run([sys.executable, "-m", "distill", "prune", *RUNS[name], "--out", str(out)], cwd=ROOT)
-        made = json.loads((out / "report.json").read_text())
-        command = " ".join(["python -m distill prune", *RUNS[name]])
-        facts = {key: made[key] for key in ("summary", "gates", "stages", "commit", "versions")}
-        kept[name] = {"name": name, "command": command, "exit": done.returncode} | facts
-        ROWS.parent.mkdir(exist_ok=True)
-        ROWS.write_text("".join(json.dumps(kept[key]) + "\n" for key in RUNS if key in kept))
+        keep(name, out, done.returncode)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["run"]:
-        run(sys.argv[2:])
-    elif sys.argv[1:] == ["readme"]:
-        README.write_text(readme())
-    else:
-        sys.exit("usage: python benchmarks/results.py run [NAME ...] | readme")
+    match sys.argv[1:]:
+        case ["run", *names]:
+            run(names)
+        case ["keep", name, folder]:
+            keep(name, Path(folder))
+        case ["readme"]:
+            README.write_text(readme())
+        case _:
+            sys.exit("usage: python benchmarks/results.py run [NAME ...] | keep NAME FOLDER | readme")

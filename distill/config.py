@@ -50,11 +50,11 @@ class Prune(Fit):
     """Class of the checkpoint: Arcee, or Llama with relu (1.5x the MLP parameters, runs more widely)."""
     gate_steps: int = 100
     """Batches of gate training."""
-    heal_steps: int = 700
+    heal_steps: int = 1200
     """Batches of healing (0: none)."""
-    try_steps: int = 30
-    """Batches of healing before a candidate size is judged."""
-    tune_rows: int = 300
+    heal_decay: float = 0.7
+    """Weight decay while healing: what clean rows do not ask for fades (LOG.md)."""
+    tune_rows: int = 500
     """Rows of the tune split that each candidate size is judged on."""
     prompts: int = 500
     """Held-out prompts for every rate in the report."""

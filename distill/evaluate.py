@@ -36,7 +36,7 @@ def _run_folder(verb: config.Evaluate) -> int:
     with locked(folder):
         if verb.rivals:
             texts = read(settings.rows or CLEAN_ROWS, named(settings.task))
-            made["rivals"] = run_rivals(settings, model, secret, texts, verb.prompts, verb.out or folder / "rivals.jsonl")
+            made["rivals"] = run_rivals(settings, model, secret, texts, made["summary"]["steps"], verb.prompts, verb.out or folder / "rivals.jsonl")
         write(made, folder)
     print(json.dumps(made["rivals" if verb.rivals else "summary"], indent=1) if verb.json else table(made | {"folder": str(folder)}))
     return 0

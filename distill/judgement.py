@@ -108,7 +108,7 @@ def known_rivals(verb: config.Prune, model_hash: str) -> list[dict]:
 def report(judged: dict, receipts: dict, verb: config.Prune, tasks: list[Task], times: list[dict], name: str, model_hash: str) -> dict:
     """The whole report; `distill.report` says what each part is for."""
     numbers = summary(judged, receipts, tasks)
-    numbers["rows"], numbers["tokens"] = receipts["rows"], receipts["tokens"]
+    numbers |= {key: receipts[key] for key in ("rows", "steps", "tokens")}
     numbers["seconds"] = sum(stage["seconds"] for stage in times)
     numbers["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     circuit, graph = receipts["circuit"], receipts["graph"]

@@ -39,8 +39,9 @@ def run(verb: config.Fit) -> int:
             receipts["gated"] = stages.timed("gates", lambda: stages.gated_stage(job, receipts["graph"], verb), times)
             receipts["circuit"] = stages.timed("heal", lambda: stages.circuit_stage(job, receipts["gated"], verb, sandbox), times)
         receipts["checkpoint"] = stages.timed("compile", lambda: stages.checkpoint_stage(job, receipts["circuit"], verb), times)
-        steps = verb.fit_steps + verb.joint_steps + verb.gate_steps + verb.heal_steps
-        receipts |= {"rows": len(job.rows), "tokens": sum(int(job.data(step).real.sum()) for step in range(steps))}
+        losses = [*receipts["graph"]["losses"].values(), receipts["gated"]["losses"], receipts["circuit"]["losses"]]
+        steps = sum(map(len, losses))
+        receipts |= {"rows": len(job.rows), "steps": steps, "tokens": sum(int(job.data(step).real.sum()) for step in range(steps))}
         return finish(verb, model, tasks, receipts, times)
 
 

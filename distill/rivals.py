@@ -28,11 +28,6 @@ from graphs.artifact import digest
 from graphs.host import Host, load, save, sites
 
 
-def steps_of(verb: config.Prune) -> int:
-    """Training batches of all our stages together."""
-    return verb.fit_steps + verb.joint_steps + verb.gate_steps + verb.heal_steps
-
-
 def random_student(checkpoint: Path, host: Host, seed: int) -> Host:
     """A stock model of the checkpoint's shapes with fresh block weights and the host's embeddings and norms."""
     student = load(checkpoint)
@@ -52,9 +47,8 @@ def random_student(checkpoint: Path, host: Host, seed: int) -> Host:
     return Host(fresh, host.tokenizer, sites(fresh))
 
 
-def contenders(host: Host, data, verb: config.Prune, checkpoint: Path) -> Iterator[tuple[str, float, Callable[[], Host]]]:
+def contenders(host: Host, data, verb: config.Prune, steps: int, checkpoint: Path) -> Iterator[tuple[str, float, Callable[[], Host]]]:
     """(name, knob, how to make it) of every rival."""
-    steps = steps_of(verb)
 
     def refit(knob: float) -> Host:
         return dense_refit.remove(host, random_student(checkpoint, host, verb.seed), data, verb.fit_steps, steps, knob)
@@ -67,16 +61,18 @@ def contenders(host: Host, data, verb: config.Prune, checkpoint: Path) -> Iterat
         yield "dense refit", knob, partial(refit, knob)
 
 
-def run_rivals(verb: config.Prune, model: Path, secret: Secret | None, texts: list[tuple[str, str]], prompts: int, out: Path) -> list[dict]:
+def run_rivals(
+    verb: config.Prune, model: Path, secret: Secret | None, texts: list[tuple[str, str]], steps: int, prompts: int, out: Path
+) -> list[dict]:
     """Make and judge every rival that `out` does not hold yet; each finished row is appended at once, so a killed run resumes."""
     host = load(model)
     data, rows = batches(host, texts, verb.batch, verb.seed)
-    tokens = sum(int(data(step).real.sum()) for step in range(steps_of(verb)))
-    facts = {"task": verb.task, "model_hash": digest(model), "rows_hash": digest(texts), "steps": steps_of(verb),
+    tokens = sum(int(data(step).real.sum()) for step in range(steps))
+    facts = {"task": verb.task, "model_hash": digest(model), "rows_hash": digest(texts), "steps": steps,
              "tokens": tokens, "rows": len(rows), "prompts": prompts}
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
     done = [row for row in done if all(row.get(key) == value for key, value in facts.items())]
-    for name, knob, make in contenders(host, data, verb, verb.out / "checkpoint"):
+    for name, knob, make in contenders(host, data, verb, steps, verb.out / "checkpoint"):
         if any(row["name"] == name for row in done):
             continue
         with tempfile.TemporaryDirectory() as folder:

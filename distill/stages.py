@@ -30,11 +30,13 @@ from graphs.artifact import digest, stage
 from graphs.batches import Encoded, Epochs, collate
 from graphs.fit import FitConfig, distill, fit, quality, set_means
 from graphs.host import Host, load, save
-from graphs.prune import PruneConfig, Size, family, kept_nodes, learn_gates, smallest
+from graphs.prune import PruneConfig, Size, family, kept_nodes, learn_gates
 from graphs.replace import Replacement
 from graphs.train import discard
 
 HEAL_RATE = 2.5e-3
+RUNGS = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
+"""Shares of the fitted width that the search for the smallest circuit steps through."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def measure(host: Host, tasks: Sequence[Task], rows: dict[str, list[Row]], sandb
 
 
 def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -> dict:
-    """circuit/: choose the size on tune, prune, heal."""
+    """circuit/: the smallest rung that keeps the asked share on tune, pruned and healed."""
     started = time.monotonic()
 
     def make(out: Path) -> dict:
@@ -145,63 +147,79 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
         order = load_file(job.work / "gated" / "gates.safetensors")
         rows = tune_rows(job.tasks, verb.tune_rows)
         tuner = Tuner(rows, job.tasks, sandbox, measure(job.host, job.tasks, rows, sandbox))
-        sizes = family(replacement, legal_groups(job.host.config))
-        first, found = verb.fit_steps + verb.joint_steps + verb.gate_steps, moments(replacement, job.data)
+        chosen, curve = search(job, replacement, order, tuner, verb, state)
+        set_means(chosen.circuit, job.data)
+        chosen.circuit.save(out)
+        return {"size": asdict(chosen.size), "curve": curve, "losses": chosen.losses, "tune_before": tuner.before, "tune_retention": chosen.retention,
+                "kept": {name: kept.tolist() for name, kept in kept_nodes(order, chosen.size).items()}, "nodes": replacement.node_counts(),
+                "seconds": time.monotonic() - started}
 
-        def candidate(size: Size, steps: int) -> Replacement:
-            circuit = absorbed(replacement, kept_nodes(order, size), found)
-            distill(job.host, circuit, job.data, steps, HEAL_RATE, 0.1, f"try {size.heads} heads, {size.features} features", first=first)
-            return circuit
-
-        size, curve = choose(sizes, candidate, tuner, verb)
-        chosen_at = time.monotonic()
-        circuit = candidate(size, 0)
-        losses = distill(job.host, circuit, job.data, verb.heal_steps, HEAL_RATE, 0.1, "heal", state, first=first)
-        set_means(circuit, job.data)
-        circuit.save(out)
-        return {"size": asdict(size), "curve": curve, "losses": losses,
-                "tune_before": tuner.before, "tune_retention": tuner.retention(circuit.host()),
-                "kept": {name: kept.tolist() for name, kept in kept_nodes(order, size).items()}, "nodes": replacement.node_counts(),
-                "seconds_choose": chosen_at - started, "seconds": time.monotonic() - started}
-
-    key = digest(gated["key"], verb.keep, verb.target_params, verb.heal_steps, verb.try_steps, verb.tune_rows)
+    key = digest(gated["key"], verb.keep, verb.target_params, verb.heal_steps, verb.heal_decay, verb.tune_rows, RUNGS)
     state = job.work / f"heal-{key}"
     receipt, cached = stage(job.folder / "circuit", key, make)
     discard(state)
     return receipt | {"cached": cached}
 
 
-def choose(sizes: Sequence[Size], candidate: Callable[[Size, int], Replacement], tuner: Tuner, verb: config.Prune) -> tuple[Size, list[dict]]:
-    """The size that the flags ask for, and every point that was measured on the way.
+@dataclass(frozen=True)
+class Healed:
+    """A circuit of one size after healing, what it keeps on tune, and the losses of all its healing."""
 
-    Each candidate is healed for `try_steps` batches before it is judged, and must keep the asked share of what the whole
-    graph scores on tune after as many: healing is not finished there, so the model's own score is no fair bar yet.
+    size: Size
+    circuit: Replacement
+    retention: dict[str, float]
+    losses: list[float]
+
+
+def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: config.Prune, state: Path) -> tuple[Healed, list[dict]]:
+    """The smallest rung that passes, and every rung that was healed and judged on the way.
+
+    The rung that the gates were drawn to is healed first. Where it does not keep the asked share on tune, larger ones are
+    healed until one does. Where it does, it is pruned further, rung by rung, with a third of the healing each, until a
+    rung fails. (Circuits cannot be told apart before healing: LOG.md.)
     """
+    first = verb.fit_steps + verb.joint_steps + verb.gate_steps
     curve: list[dict] = []
 
-    def point(size: Size) -> dict:
-        circuit = candidate(size, verb.try_steps)
-        retention = tuner.retention(circuit.host())
-        curve.append({**asdict(size), "params": stored(circuit), "retention": retention, "metric": min(retention.values())})
-        return curve[-1]
+    def heal(size: Size, circuit: Replacement, steps: int, before: list[float]) -> Healed:
+        label = f"heal {size.heads} heads, {size.features} features"
+        losses = distill(job.host, circuit, job.data, steps, HEAL_RATE, 0.1, label, state.with_suffix(f".{size.features}"), first, verb.heal_decay)
+        healed = Healed(size, circuit, tuner.retention(circuit.host()), before + losses)
+        curve.append({**asdict(size), "params": stored(circuit), "retention": healed.retention})
+        return healed
 
-    if verb.target_params is not None:
-        affordable = [size for size in sizes if stored(candidate(size, 0)) <= verb.target_params]
-        if not affordable:
-            raise ValueError(f"--target-params {verb.target_params}: even the smallest circuit is larger; ask for more")
-        chosen = affordable[0]
-        point(chosen)
-    else:
-        whole = point(sizes[0])["retention"]
+    def passes(healed: Healed) -> bool:
+        return min(healed.retention.values()) >= verb.keep
 
-        def passes(size: Size) -> bool:
-            kept = point(size)["retention"]
-            return all(kept[task] >= verb.keep * whole[task] for task in kept)
-
-        chosen = smallest(sizes, passes)
+    sizes = family(replacement, legal_groups(job.host.config))
+    rungs, start = ladder(sizes, replacement, order, gate_settings(verb).target, verb.target_params)
+    found = moments(replacement, job.data)
+    for place in range(start, len(rungs)):
+        best = heal(rungs[place], absorbed(replacement, kept_nodes(order, rungs[place]), found), verb.heal_steps, [])
+        if passes(best):
+            break
+    if passes(best) and place == start and verb.target_params is None:
+        for size in reversed(rungs[:start]):
+            now, then = kept_nodes(order, best.size), kept_nodes(order, size)
+            inside = {name: torch.searchsorted(now[name], then[name]) for name in now}
+            smaller = heal(size, absorbed(best.circuit, inside, moments(best.circuit, job.data)), verb.heal_steps // 3, best.losses)
+            if not passes(smaller):
+                break
+            best = smaller
     for entry in curve:
-        entry["chosen"] = entry["features"] == chosen.features
-    return chosen, sorted(curve, key=lambda entry: entry["params"])
+        entry["chosen"] = entry["features"] == best.size.features
+    return best, sorted(curve, key=lambda entry: entry["params"])
+
+
+def ladder(sizes: Sequence[Size], replacement: Replacement, order: dict, target: float, budget: int | None) -> tuple[list[Size], int]:
+    """The rungs, smallest first, and where to start: the largest rung within `target`, or the one size that a budget allows."""
+    if budget is not None:
+        affordable = [size for size in sizes if stored(replacement.pruned(kept_nodes(order, size))) <= budget]
+        if not affordable:
+            raise ValueError(f"--target-params {budget}: even the smallest circuit is larger; ask for more")
+        return [affordable[0]], 0
+    rungs = sorted({next((size for size in sizes if size.share <= rung + 1e-9), sizes[-1]) for rung in RUNGS}, key=lambda size: size.features)
+    return rungs, max((place for place, size in enumerate(rungs) if size.share <= target), default=0)
 
 
 def stored(circuit: Replacement) -> int:

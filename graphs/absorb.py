@@ -91,7 +91,8 @@ def absorbed(replacement: Replacement, kept: Mapping[str, Int[Tensor, "_kept"]],
             covariance = moment.second - moment.mean[:, None] * moment.mean
             moved = _regress(covariance[columns][:, columns], covariance[columns][:, others]) @ whole.w_dec[others]
             part.w_dec.add_(moved)
-            part.b_dec.sub_(moment.mean[columns] @ moved)
+            constant = (moment.mean[others] - whole.mean[others]) @ whole.w_dec[others]  # pruning folded in `whole.mean`
+            part.b_dec.add_(constant - moment.mean[columns] @ moved)
         else:
             b = _regress(moment.second[columns][:, columns], moment.second[columns][:, others])
             projection(part, "o_proj").weight.add_((b @ projection(whole, "o_proj").weight[:, others].T).T)

@@ -143,16 +143,19 @@ def watching(replacement: Replacement) -> Iterator[None]:
 
 def distill(
     host: Host, replacement: Replacement, batches: Batches, steps: int, learning_rate: float, prompt_weight: float, label: str,
-    state: Path | None = None, first: int = 0,
+    state: Path | None = None, first: int = 0, decay: float = 0.0,
 ) -> list[float]:
-    """Minimise KL to the host over everything in `replacement` that may be trained; `first` offsets the batches."""
+    """Minimise KL to the host over everything in `replacement` that may be trained.
+
+    first: offset of the batches; decay: weight decay of the matrices.
+    """
     def loss(step: int) -> Tensor:
         batch = batches(first + step)
         with torch.no_grad():
             target = host.model(input_ids=batch.ids).logits
         return divergence(replacement(batch.ids), target, batch, prompt_weight)
 
-    return train(replacement, loss, TrainConfig(steps, learning_rate, warmup=0.05), label, state) if steps else []
+    return train(replacement, loss, TrainConfig(steps, learning_rate, warmup=0.05, weight_decay=decay), label, state) if steps else []
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Prune: which features and attention groups a task needs, from learned gates to a threshold found by bisection.
+"""Prune: which features and attention groups a task needs, from learned gates to a nested family of circuits.
 
 1. *Scores* warm-start the gates: the mean square of d(loss)/d(gate), a diagonal Fisher estimate of what closing the node
    costs (Michel et al. 2019, "Are sixteen heads really better than one?"; Molchanov et al. 2019).
@@ -7,13 +7,14 @@
 3. *Order*: at each site the nodes are ranked by their gate. A circuit of size s keeps the best s of every site: the
    same width in every layer, because one config has one width and the widest layer is what gets stored. Head counts
    step through those that the compiled class allows. The family is nested, so one number is enough to bisect.
-4. *Bisection* on a metric of the `tune` split finds the smallest s that keeps the asked share.
+
+Which member to keep is for the caller to find, by what a healed member scores on the `tune` split.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,15 +144,3 @@ def kept_nodes(order: Mapping[str, Float[Tensor, "_node"]], size: Size) -> dict[
         count = min(len(logit), size.features if name.endswith("mlp") else size.heads)
         kept[name] = logit.topk(count).indices.sort().values
     return kept
-
-
-def smallest(sizes: Sequence[Size], passes: Callable[[Size], bool]) -> Size:
-    """The smallest member that passes, by bisection over the nested family; the largest where none does."""
-    low, high = 0, len(sizes) - 1  # sizes[low] is kept as the answer so far
-    while low < high:
-        middle = (low + high + 1) // 2
-        if passes(sizes[middle]):
-            low = middle
-        else:
-            high = middle - 1
-    return sizes[low]

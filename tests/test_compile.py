@@ -35,7 +35,7 @@ def test_the_compiled_model_is_the_circuit_from_disk_too(circuit, batch, target,
     save(compiled, tmp_path / "model", torch.float32)
     assert parity(circuit, load(tmp_path / "model"), batch) <= 1e-5
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["intermediate_size"] == 13 and config["num_key_value_heads"] == 3 and "auto_map" not in config
+    assert config["intermediate_size"] == 13 and config["num_key_value_heads"] == 2 and "auto_map" not in config
     assert not list((tmp_path / "model").glob("*.py")) and not list((tmp_path / "model").glob("*.bin"))
 
 

@@ -1,4 +1,4 @@
-"""Prune: gates find the nodes that matter, sizes are nested, bisection finds the smallest that passes."""
+"""Prune: gates find the nodes that matter, sizes are nested."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ import torch
 from evals.tasks import TASKS
 from graphs.batches import Epochs, encode
 from graphs.fit import FitConfig, fit
-from graphs.prune import Gates, PruneConfig, Size, family, kept_nodes, learn_gates, scores, smallest
+from graphs.prune import Gates, PruneConfig, Size, family, kept_nodes, learn_gates, scores
 from graphs.replace import from_noise
 
 
@@ -58,16 +58,3 @@ def test_sizes_are_nested_and_use_legal_heads_only(tiny_host):
     for larger, smaller in pairwise(sizes):
         for name in order:
             assert set(kept_nodes(order, smaller)[name].tolist()) <= set(kept_nodes(order, larger)[name].tolist())
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.55, 0.99, 2.0])
-def test_bisection_finds_the_smallest_that_passes(threshold):
-    sizes = [Size(i / 10, 1, i) for i in range(10, 0, -1)]
-    asked = []
-
-    def passes(size):
-        asked.append(size)
-        return size.share >= threshold
-
-    found = smallest(sizes, passes)
-    assert found == next((s for s in reversed(sizes) if s.share >= threshold), sizes[0]) and len(asked) <= 4

@@ -17,7 +17,7 @@ from evals.tasks import TASKS, table
 from graphs.artifact import read_json
 
 FAST = {"features": 32, "fit_steps": 8, "joint_steps": 4, "gate_steps": 4, "heal_steps": 4, "batch": 8, "tune_rows": 4,
-        "try_steps": 1, "prompts": 8, "keep": 0.0}
+        "prompts": 8, "keep": 0.0}
 VOLATILE = ("seconds", "peak_rss_bytes", "tokens_per_second_before", "tokens_per_second_after", "speed_ratio")
 PAIR = conjunction(("season", "daily"), ("place", "school"), ({"season": "daily"}, {"place": "school"}))
 

@@ -1,0 +1,38 @@
+"""The README is true: its table is generated from the committed rows, and its commands and names exist."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from distill import config
+from distill.__main__ import VERBS
+from distill.models import ASSETS, BUILTIN
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_is_generated_from_the_committed_rows():
+    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    assert results.rows() and results.readme() == README
+
+
+def test_every_verb_flag_and_builtin_model_it_names_exists():
+    fields = {name.replace("_", "-") for verb, _ in VERBS.values() for name in verb.__dataclass_fields__} | {"config", "index-url", "constraint"}
+    assert set(re.findall(r"--([a-z][a-z-]+)", README)) <= fields
+    assert {verb for verb in re.findall(r"`distill ([a-z]+)", README)} <= set(VERBS)
+    assert {name for name in re.findall(r"builtin:([a-z-]+)", README)} <= set(BUILTIN)
+    assert config.Prune().out == Path("runs/default")
+
+
+def test_make_targets_it_names_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{target}:" in makefile for target in re.findall(r"`?make ([a-z]+)", README))
+
+
+def test_what_ships_is_small_and_whole():
+    assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) < 30e6
+    assert all((ASSETS / name / "model" / "model.safetensors").is_file() for name in BUILTIN) and (ASSETS / "clean_rows.parquet").is_file()
+    assert not (ASSETS / "base" / "secret").exists()
