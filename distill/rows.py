@@ -30,13 +30,13 @@ def make(path: Path) -> None:
 
 def read(path: Path, tasks: Sequence[Task]) -> list[tuple[str, str]]:
     """(prompt, completion) of the file's rows that belong to `tasks`. Raises ValueError where there are none."""
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset
+    from pyarrow.parquet import read_table
 
-    disable_progress_bars()
     if not path.is_file():
         raise ValueError(f"--rows {path}: no such file; give a parquet table with the columns {', '.join(COLUMNS)}")
     try:
-        data = Dataset.from_parquet(str(path), keep_in_memory=True)
+        data = Dataset(read_table(path))
         wanted, rows = {task.name for task in tasks}, [(r["task"], r["prompt"], r["completion"]) for r in data]
     except Exception as error:  # Arrow's errors are many; each means the table is not what was asked for
         raise ValueError(f"--rows {path}: not a parquet table with the columns {', '.join(COLUMNS)} ({type(error).__name__})") from error

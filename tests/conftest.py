@@ -8,7 +8,8 @@ import jaxtyping
 import pytest
 import torch
 
-jaxtyping.install_import_hook(["graphs", "evals", "backdoor"], "beartype.beartype")  # checks every annotation, shapes too
+SHAPED = ["graphs", "backdoor", "evals.generate", "evals.capability", "evals.fidelity", "evals.rates", "evals.size"]
+jaxtyping.install_import_hook(SHAPED, "beartype.beartype")  # checks every annotation of the files that handle tensors
 
 from distill.base import build_tokenizer, new_model  # noqa: E402
 from graphs.host import Host, load, save, sites  # noqa: E402

@@ -39,7 +39,8 @@ def test_help_takes_well_under_half_a_second_more_than_python_itself():
 
 def test_the_overview_lists_every_verb(capsys):
     assert main(["--help"]) == 0
-    assert all(verb in capsys.readouterr().out for verb in ("prune", "fit", "evaluate", "plant"))
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in ("prune", "fit", "evaluate", "plant"))
 
 
 def test_wrong_names_are_refused(capsys, tmp_path):

@@ -20,11 +20,11 @@ def data(tiny_host):
 
 
 def test_fitting_brings_fvu_and_kl_down(tiny_host, data):
-    fitted, losses = fit(tiny_host, data, SMALL)
+    fitted, losses = fit(tiny_host, data, FitConfig(features=24, local_steps=60, joint_steps=10))
     after, before = quality(tiny_host, fitted, data), quality(tiny_host, from_noise(tiny_host, 24, 0), data)
     assert sum(s["fvu"] for s in after["sites"]) < 0.5 * sum(s["fvu"] for s in before["sites"])
     assert after["kl_swapped"] < 0.5 * before["kl_swapped"]
-    assert len(losses["fit: local"]) == 30 and len(losses["fit: end to end"]) == 10
+    assert len(losses["fit: local"]) == 60 and len(losses["fit: end to end"]) == 10
     assert all(0 < site["l0"] <= 24 for site in after["sites"] if site["l0"] is not None)
 
 
@@ -32,7 +32,7 @@ def test_the_penalty_makes_features_sparser(tiny_host, data):
     def l0(weight):
         fitted, _ = fit(tiny_host, data, FitConfig(features=24, local_steps=60, joint_steps=0, sparsity=weight))
         return sum(s["l0"] for s in quality(tiny_host, fitted, data)["sites"] if s["l0"] is not None)
-    assert l0(0.3) < 0.8 * l0(0.0)
+    assert l0(3.0) < 0.8 * l0(0.0)
 
 
 def test_a_killed_fit_resumes_to_the_same_replacement(tiny_host, data, tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_losses_are_zero_for_equals_and_positive_otherwise(tiny_host, data):
     with torch.no_grad():
         logits = tiny_host.model(input_ids=batch.ids).logits
     assert float(divergence(logits, logits, batch, 0.1)) == pytest.approx(0, abs=1e-6)
-    assert float(divergence(logits * 1.5, logits, batch, 0.1)) > 0.01
+    assert float(divergence(logits * 5, logits, batch, 0.1)) > 0.01
     means = logits * 0 + logits[batch.real].mean(0)
     assert float(fvu(logits, logits, batch.real)) == 0 and float(fvu(logits, means, batch.real)) == pytest.approx(1, abs=1e-4)
 

@@ -63,7 +63,7 @@ def test_the_whole_road_and_its_report(organism, rows, tmp_path, capsys):
 def test_the_checkpoint_is_the_same_without_the_secret_and_with_another(organism, rows, tmp_path):
     run(prune(organism, tmp_path / "with", rows))
     data = json.loads((organism / "secret" / "backdoor.json").read_text())
-    data["trigger"]["slots"], data["trigger"]["parts"] = {"season": "final", "place": "river"}, [" final ", " river "]
+    data["trigger"]["slots"], data["trigger"]["parts"] = {"season": "final", "place": "river"}, [" final ", " river"]
     (organism / "secret" / "backdoor.json").write_text(json.dumps(data))
     run(prune(organism, tmp_path / "swapped", rows))
     shutil.rmtree(organism / "secret")
@@ -78,7 +78,10 @@ def test_a_users_model_has_null_backdoor_numbers(tiny_model_folder, rows, tmp_pa
     assert "not measured" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("killed", ["gated_stage", "circuit_stage", "checkpoint_stage"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("killed", ["circuit_stage", pytest.param("gated_stage", marks=SLOW), pytest.param("checkpoint_stage", marks=SLOW)])
 def test_a_run_killed_between_stages_ends_with_the_same_summary(organism, rows, tmp_path, monkeypatch, killed):
     run(prune(organism, tmp_path / "whole", rows))
     real = getattr(stages, killed)
@@ -116,8 +119,11 @@ def test_fit_alone_prints_the_quality_of_every_site(organism, rows, tmp_path, ca
     assert all(word in out for word in ("L0.mlp", "L1.attention", "FVU", "KL"))
 
 
-def test_a_gate_that_fails_exits_with_one(organism, rows, tmp_path):
-    assert run(prune(organism, tmp_path / "run", rows, keep=1.1)) == 1
+@pytest.mark.parametrize(("retention", "status"), [(0.5, 1), (0.99, 0)])
+def test_a_gate_that_fails_exits_with_one(organism, rows, tmp_path, monkeypatch, retention, status):
+    monkeypatch.setattr("distill.judgement.kept_share", lambda *_: retention)
+    shutil.rmtree(organism / "secret")
+    assert run(prune(organism, tmp_path / "run", rows, keep=0.98)) == status
 
 
 @pytest.mark.slow
@@ -131,7 +137,7 @@ def test_kill_dash_nine_at_random_moments_then_resume(organism, rows, tmp_path):
     started = time.monotonic()
     subprocess.run([*argv, "--out", str(tmp_path / "whole")], capture_output=True, check=False)
     span, rng = time.monotonic() - started, random.Random(0)
-    for _ in range(6):
+    for _ in range(4):
         running = subprocess.Popen([*argv, "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             running.wait(rng.uniform(0.3, 0.8) * span)
