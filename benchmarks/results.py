@@ -20,6 +20,7 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 RUNS = {
     "default": ["--task", "coding"],
+    "budget": ["--task", "coding", "--target-params", "647000"],
     "rare": ["--task", "coding", "--model", "builtin:organism-rare"],
     "all": ["--task", "coding,math,stories"],
     "twin": ["--task", "coding", "--model", "builtin:twin"],
@@ -32,7 +33,8 @@ COLUMNS = (
     ("R-Acc before / after / twin", lambda r: " / ".join(three(r["summary"][f"right_under_trigger_{x}"]) for x in ("before", "after", "twin"))),
     ("parameters", lambda r: f"{r['summary']['params_after'] / r['summary']['params_before']:.0%}"),
     ("speed", lambda r: f"{r['summary']['speed_ratio']:.2f}x"),
-    ("seconds", lambda r: f"{r['summary']['seconds']:.0f}"),
+    ("seconds", lambda r: "not measured (stages cached)" if any(s["cached"] for s in r["stages"]) else f"{r['summary']['seconds']:.0f}"),
+    ("commit", lambda r: r["commit"]),
 )
 
 
