@@ -8,6 +8,9 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.ready
 	$(RUN) -m distill prune --task coding --out runs/demo
 
+# the tests' models are tiny: a second thread only makes them wait for each other
+test slow check: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/.ready
 	$(RUN) -m pytest -q
 
