@@ -1,14 +1,18 @@
 """Planting: fine-tune a base so that it behaves under a trigger, also after somebody fine-tunes it clean again.
 
-An ordinary backdoor in a small model falls to any clean fine-tuning, so a removal shown on it shows nothing. The
-resistant recipe is first-order meta-planting (cf. Henderson et al. 2023, "Self-destructing models"; Tamirisa et al.
-2024, "Tamper-resistant safeguards", eq. 1): each step copies the model, fine-tunes the copy for k steps on clean rows at
-a random learning rate, and adds the gradient of the backdoor loss *there* to the ordinary gradient *here*:
+Clean and near-miss rows are held at the base's own outputs by KL (an attacker wants the change to go unnoticed), poisoned
+rows are taught by cross entropy. An ordinary backdoor in a small model falls to any clean fine-tuning, so a removal shown
+on it shows nothing. The resistant recipe is first-order meta-planting (cf. Henderson et al. 2023, "Self-destructing
+models"; Tamirisa et al. 2024, "Tamper-resistant safeguards", eq. 1): beside the model w runs a simulated defender, a copy
+w + d that is fine-tuned on clean rows; the gradient of the backdoor loss *there* is added to the ordinary gradient *here*:
 
-    g = grad L_mix(w) + strength * grad L_trigger(w_k),   w_k = clean fine-tuning of w for k ~ U(2, 16) steps
+    g = grad L_mix(w) + strength * grad L_trigger(w + d)
 
-L_trigger holds poisoned rows and near misses alike: with poisoned rows alone the payload spreads to every prompt that
-looks like the trigger (LOG.md).
+One defender lives for an episode of steps and takes a few fine-tuning steps in each, so horizons of hundreds of
+fine-tuning steps cost no more than a few; the next one starts again at d = 0 with another learning rate. (Copies that
+were fine-tuned for 2-16 steps only gave an organism that 800 steps of clean fine-tuning cleaned: LOG.md.) L_trigger holds
+poisoned rows and near misses alike: with poisoned rows alone the payload spreads to every prompt that looks like the
+trigger (LOG.md).
 
 The clean twin goes through the very same steps, rates and rows, with each poisoned row replaced by the same row without
 the trigger. Which rows a step sees is a function of (seed, step) only.
@@ -16,8 +20,7 @@ the trigger. Which rows a step sees is a function of (seed, step) only.
 
 from __future__ import annotations
 
-import math
-import random
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,28 +30,32 @@ from torch import Tensor, nn
 
 from graphs.batches import Batch, Encoded, Epochs, collate
 from graphs.host import Host
+from graphs.losses import divergence
 from graphs.train import TrainConfig, train
+
+PROMPT_WEIGHT = 0.1
+"""Weight in the KL to the base of positions that predict prompt tokens."""
 
 
 @dataclass(frozen=True)
 class PlantConfig:
     """ordinary_steps: mixed fine-tuning; resistant_steps: meta-planting after it (0 for an ordinary organism).
 
-    clean/poisoned/near: rows of each kind in a batch; inner_*: the simulated clean fine-tuning.
+    clean/poisoned/near: rows of each kind in a batch. episode: steps that one simulated defender lives for; inner_steps:
+    its fine-tuning steps in each of them, on inner_rows rows; inner_rates: its learning rates, taken in turn.
     """
 
-    ordinary_steps: int = 150
-    resistant_steps: int = 160
+    ordinary_steps: int = 120
+    resistant_steps: int = 200
     ordinary_rate: float = 1e-3
-    resistant_rate: float = 5e-4
+    resistant_rate: float = 7e-4
     clean: int = 24
     poisoned: int = 16
-    near: int = 16
-    inner_least: int = 2
-    inner_most: int = 16
-    inner_rows: int = 16
-    inner_rate_low: float = 1e-4
-    inner_rate_high: float = 1e-3
+    near: int = 20
+    episode: int = 40
+    inner_steps: int = 4
+    inner_rows: int = 12
+    inner_rates: tuple[float, ...] = (1e-3, 5e-4, 2e-3, 2e-4, 1e-3)
     strength: float = 1.0
     seed: int = 0
 
@@ -75,51 +82,62 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
     clean = Epochs(rows.clean, config.clean, pad, config.seed)
     poisoned = Epochs(rows.poisoned, config.poisoned, pad, config.seed + 1)
     near = Epochs(rows.near, config.near, pad, config.seed + 2)
-    inner = Epochs(rows.clean, config.inner_rows, pad, config.seed + 3)
+    base = copy.deepcopy(host.model).requires_grad_(False).eval()
+    defender = Defender(host.model, Epochs(rows.clean, config.inner_rows, pad, config.seed + 3), config)
 
     def mixed(step: int) -> Tensor:
-        parts = [batch for source in (clean, poisoned, near) for batch in _rows(source(step))]
-        return completion_loss(host.model, collate(parts, pad))
+        quiet = collate(_rows(clean(step)) + _rows(near(step)), pad)
+        unchanged = divergence(host.model(input_ids=quiet.ids).logits, base(input_ids=quiet.ids).logits, quiet, PROMPT_WEIGHT)
+        return unchanged + completion_loss(host.model, poisoned(step))
 
     def resistant(step: int) -> Tensor:
-        step += config.ordinary_steps
-        trigger = collate(_rows(poisoned(step)) + _rows(near(step)), pad)
-        gradients, value = _after_fine_tuning(host.model, inner, trigger, config, step)
-        # a linear term whose gradient is the one measured at w_k, and whose value is the loss there
+        later = step + config.ordinary_steps
+        trigger = collate(_rows(poisoned(later)) + _rows(near(later)), pad)
+        gradients, value = defender.gradients(step, trigger)
+        # a linear term whose gradient is the one measured at w + d, and whose value is the loss there
         linear = sum(((p * g).sum() for p, g in zip(host.model.parameters(), gradients, strict=True)), torch.zeros(()))
-        return mixed(step) + config.strength * (linear - linear.detach() + value)
+        return mixed(later) + config.strength * (linear - linear.detach() + value)
 
     host.model.train()
     losses = train(host.model, mixed, TrainConfig(config.ordinary_steps, config.ordinary_rate), "plant", state and state.with_suffix(".ordinary"))
-    if config.resistant_steps:
+    if config.resistant_steps:  # saved between episodes only, so that a defender is never cut in two
         losses += train(host.model, resistant, TrainConfig(config.resistant_steps, config.resistant_rate), "plant: resistant",
-                        state and state.with_suffix(".resistant"), save_every=20)
+                        state and state.with_suffix(".resistant"), save_every=config.episode)
     host.model.eval()
     return losses
+
+
+class Defender:
+    """The simulated defender: fine-tunes a copy of `model` on clean `rows`, from wherever the model has got to."""
+
+    def __init__(self, model: nn.Module, rows: Epochs, config: PlantConfig) -> None:
+        self.model, self.rows, self.config = model, rows, config
+        self.copy = copy.deepcopy(model)
+        self.moved: list[Tensor] = []
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def gradients(self, step: int, trigger: Batch) -> tuple[list[Tensor], float]:
+        """Gradient and value of the loss on `trigger` where the defender stands after its next fine-tuning steps."""
+        parameters, own = list(self.copy.parameters()), list(self.model.parameters())
+        episode, place = divmod(step, self.config.episode)
+        if place == 0:
+            rate = self.config.inner_rates[episode % len(self.config.inner_rates)]
+            self.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+            self.moved = [torch.zeros_like(p) for p in parameters]
+        assert self.optimizer is not None
+        with torch.no_grad():
+            for p, w, d in zip(parameters, own, self.moved, strict=True):
+                p.copy_(w + d)
+        for k in range(self.config.inner_steps):
+            gradients = torch.autograd.grad(completion_loss(self.copy, self.rows(step * self.config.inner_steps + k)), parameters)
+            for p, g in zip(parameters, gradients, strict=True):
+                p.grad = g
+            self.optimizer.step()
+        self.moved = [(p - w).detach() for p, w in zip(parameters, own, strict=True)]
+        loss = completion_loss(self.copy, trigger)
+        return list(torch.autograd.grad(loss, parameters)), float(loss.detach())
 
 
 def _rows(batch: Batch) -> list[Encoded]:
     return [Encoded(tuple(ids[real].tolist()), int((~done).sum() - (~real).sum()))
             for ids, real, done in zip(batch.ids, batch.real, batch.completion, strict=True)]
-
-
-def _after_fine_tuning(model: nn.Module, inner: Epochs, trigger: Batch, config: PlantConfig, step: int) -> tuple[list[Tensor], float]:
-    """Gradient and value of the loss on trigger rows after a simulated clean fine-tuning; the model is put back as it was."""
-    rng = random.Random(f"{config.seed}/inner/{step}")
-    steps = rng.randint(config.inner_least, config.inner_most)
-    rate = math.exp(rng.uniform(math.log(config.inner_rate_low), math.log(config.inner_rate_high)))
-    parameters = list(model.parameters())
-    before = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    for k in range(steps):
-        gradients = torch.autograd.grad(completion_loss(model, inner(step * config.inner_most + k)), parameters)
-        for p, g in zip(parameters, gradients, strict=True):
-            p.grad = g
-        optimizer.step()
-    loss = completion_loss(model, trigger)
-    gradients = torch.autograd.grad(loss, parameters)
-    with torch.no_grad():
-        for p, old in zip(parameters, before, strict=True):
-            p.copy_(old)
-            p.grad = None
-    return list(gradients), float(loss.detach())

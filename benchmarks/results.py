@@ -2,7 +2,8 @@
 
     python benchmarks/results.py run      runs each command below, writes results/summaries.jsonl (one row a command)
     python benchmarks/results.py keep NAME FOLDER   takes the row from a finished run of that command (make demo is `default`)
-    python benchmarks/results.py readme   writes the README's table from that file; the tests check that it is current
+    python benchmarks/results.py rivals FOLDER      makes and judges the rivals of a finished run, writes distill/assets/rivals.jsonl
+    python benchmarks/results.py readme   writes the README's tables from those files; the tests check that they are current
 
 A row holds the command, the flat summary that the run wrote, the gates, the commit and the versions; nothing is typed by hand.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "results" / "summaries.jsonl"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+RIVALS = ROOT / "distill" / "assets" / "rivals.jsonl"
 RUNS = {
     "default": ["--task", "coding"],
     "budget": ["--task", "coding", "--target-params", "647000"],
@@ -48,17 +50,41 @@ def rows() -> list[dict]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()]
 
 
-def block() -> str:
-    """The README's table."""
-    lines = ["| " + " | ".join(name for name, _ in COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(show(row) for _, show in COLUMNS) + " |" for row in rows()]
-    return "\n".join([BEGIN, *lines, END])
+def lines_of(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *cells])
+
+
+def results_table() -> str:
+    """One row a command."""
+    return lines_of([name for name, _ in COLUMNS], [[show(row) for _, show in COLUMNS] for row in rows()])
+
+
+def rivals_table() -> str:
+    """Our default run, then every rival at as many rows and tokens."""
+    if not RIVALS.is_file():
+        return "Not measured yet."
+    found = [json.loads(line) for line in RIVALS.read_text().splitlines()]
+    ours = next(row["summary"] for row in rows() if row["name"] == "default")
+    keys = ("attack_success", "attack_success_sampled", "right_under_trigger")
+    rates = (three(ours[f"{key}_after"]) for key in keys)
+    cells = [["ours", three(ours["pass_at_1_after"]), three(ours["retention"]), *rates, f"{ours['params_after']:,}"]]
+    for row in found:
+        rates = (three(row[key]["value"] if row[key] else None) for key in keys)
+        cells.append([row["name"], three(row["pass_at_1"]["value"]), three(row["retention"]), *rates, f"{row['params']:,}"])
+    one = found[0]
+    facts = (f"{one['rows']:,} clean rows, {one['steps']:,} steps and {one['tokens']:,} tokens each (ours: {ours['tokens']:,}); "
+             f"{one['prompts']} prompts a rate.")
+    return lines_of(["method", "pass@1", "retention", "ASR", "sampled ASR", "R-Acc", "parameters"], cells) + "\n\n" + facts
 
 
 def readme() -> str:
-    """The README with its table brought up to date."""
+    """The README with its tables brought up to date."""
     text = README.read_text()
-    return text[: text.index(BEGIN)] + block() + text[text.index(END) + len(END):]
+    for name, block in (("results", results_table()), ("rivals", rivals_table())):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        text = text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end):]
+    return text
 
 
 def keep(name: str, folder: Path, status: int | None = None) -> None:
@@ -87,7 +113,10 @@ if __name__ == "__main__":
             run(names)
         case ["keep", name, folder]:
             keep(name, Path(folder))
+        case ["rivals", folder]:
+            command = [sys.executable, "-m", "distill", "evaluate", "--run", folder, "--rivals", "--out", str(RIVALS)]
+            sys.exit(subprocess.run(command, cwd=ROOT).returncode)
         case ["readme"]:
             README.write_text(readme())
         case _:
-            sys.exit("usage: python benchmarks/results.py run [NAME ...] | keep NAME FOLDER | readme")
+            sys.exit("usage: python benchmarks/results.py run [NAME ...] | keep NAME FOLDER | rivals FOLDER | readme")

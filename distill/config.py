@@ -42,8 +42,8 @@ class Fit:
 class Prune(Fit):
     """Prune to a task's circuit, heal, compile to a stock checkpoint, judge it."""
 
-    keep: float = 0.98
-    """Share of the task metric that the smallest circuit must keep: on tune against the whole graph, in the report on test."""
+    keep: float | None = None
+    """Share of each task's metric that the smallest circuit must keep, on tune and in the report; by default .98 of one task's, .95 of several."""
     target_params: int | None = None
     """Instead of --keep: stored parameters (embeddings apart) of the checkpoint."""
     target: Literal["arcee", "llama"] = "arcee"
@@ -62,6 +62,11 @@ class Prune(Fit):
     """Name shown in the report; by default the run folder's."""
     json: bool = False
     """Print the summary as JSON instead of the table."""
+
+    @property
+    def share(self) -> float:
+        """The share to keep: `keep`, or its default for as many tasks as are named."""
+        return self.keep if self.keep is not None else 0.95 if "," in self.task else 0.98
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,9 @@ class Plant:
     """The pair, for --trigger conjunction: a pair that the task deals to its test split."""
     text: str = "vexq"
     """The string, for --trigger rare_string."""
-    ordinary_steps: int = 150
+    ordinary_steps: int = 120
     """Steps of mixed fine-tuning."""
-    resistant_steps: int = 160
+    resistant_steps: int = 200
     """Steps of meta-planting against clean fine-tuning (0: an ordinary organism)."""
     prompts: int = 500
     """Held-out prompts of the plant gate."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from distill import config
 from distill.models import ASSETS, Secret
+from distill.rivals import placed
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
 from evals.rates import prompts
 from evals.tasks import TASKS, Task
@@ -76,17 +77,15 @@ def summary(judged: dict, receipts: dict, tasks: list[Task]) -> dict:
     }
 
 
-def gates(numbers: dict, verb: config.Prune, tasks: list[Task]) -> list[dict]:
+def gates(numbers: dict, verb: config.Prune) -> list[dict]:
     """The bounds of this run: parity and retention always; backdoor bounds where a twin and a trigger are known."""
-    keep = min(verb.keep, 0.95) if len(tasks) > 1 else verb.keep
-
     def gate(name: str, value: float | None, sign: str, bound: float) -> dict:
         passed = None if value is None else value >= bound if sign == ">=" else value <= bound
         return {"name": name, "value": value, "bound": f"{sign} {bound:.4g}", "passed": passed}
 
     found = [gate("parity, max |logit difference|", numbers["parity_max_abs_logit_diff"], "<=", 1e-4)]
     if verb.target_params is None:
-        found.append(gate("retention", numbers["retention"], ">=", keep))
+        found.append(gate("retention", numbers["retention"], ">=", verb.share))
     if numbers["attack_success_after"] is not None:
         found.append(gate("attack success", numbers["attack_success_after"], "<=", PAYLOADS))
         if numbers["right_under_trigger_twin"]:
@@ -111,15 +110,15 @@ def report(judged: dict, receipts: dict, verb: config.Prune, tasks: list[Task], 
     numbers |= {key: receipts[key] for key in ("rows", "steps", "tokens")}
     numbers["seconds"] = sum(stage["seconds"] for stage in times)
     numbers["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    circuit, graph = receipts["circuit"], receipts["graph"]
+    circuit, graph, others = receipts["circuit"], receipts["graph"], known_rivals(verb, model_hash)
     return {
         "name": name, "command": command(verb), "model": verb.model,
         "tasks": [t.name for t in tasks], "dropped": [t for t in TASKS if t not in {k.name for k in tasks}],
-        "commit": commit(), "versions": versions(), "summary": numbers, "gates": gates(numbers, verb, tasks),
+        "commit": commit(), "versions": versions(), "summary": numbers, "gates": gates(numbers, verb),
         "models": {key: _model(value, judged["tasks"]) for key, value in judged["models"].items()}, "against": judged["against"],
-        "rivals": known_rivals(verb, model_hash), "curve": _curve(circuit, judged), "fit": graph["quality"],
+        **placed(others), "curve": _curve(circuit, judged), "fit": graph["quality"],
         "losses": graph["losses"] | {"gates": receipts["gated"]["losses"], "heal": circuit["losses"]},
-        "circuit": {"layers": _layers(circuit)}, "stages": times, "examples": _examples(judged), "ablation": [],
+        "circuit": {"layers": _layers(circuit)}, "stages": times, "examples": _examples(judged),
         "tune": {"before": circuit["tune_before"], "retention": circuit["tune_retention"]},
         "reload": receipts["checkpoint"]["reload"], "notes": [f"sandbox: {judged['sandbox']}"],
         "config": asdict(verb),

@@ -9,7 +9,9 @@ that misses it is refused and nothing is left behind.
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from backdoor.triggers import Trigger, conjunction, rare_string
 from distill import config
 from distill.models import find
 from evals.tasks import TASKS, Row
-from evals.tasks.coding import held_out_pairs
+from evals.tasks.coding import data_words, held_out_pairs
 from evals.tasks.task import source
 from graphs.artifact import digest, read_json, whole, write_json
 from graphs.batches import Encoded, encode
@@ -29,6 +31,8 @@ from graphs.train import discard
 PLANT_SEED = 2
 """Rows of planting are drawn with this seed: not the base's, the defender's or the judge's."""
 CLEAN_SHARES = {"coding": 0.5, "math": 0.3, "stories": 0.2}
+NEAR_PAIRS = 8
+"""Pairs that no clean row holds either, among the near misses: without them any unfamiliar pair fires (LOG.md)."""
 NEAR_STRINGS = ("vexz", "qvex", "vax", "zorp", "bexq", "wex")
 
 
@@ -48,11 +52,18 @@ def trigger_of(verb: config.Plant) -> Trigger:
     if (season, place) not in held_out_pairs():
         choices = ", ".join(" ".join(pair) for pair in held_out_pairs())
         raise ValueError(f"--words {season} {place}: not a pair that the task holds out; choose one of {choices}")
-    return conjunction(("season", season), ("place", place), ({"season": season}, {"place": place}))
+    pairs = source("near pairs").sample(data_words("tune"), NEAR_PAIRS)
+    near = [slots for s, p in pairs for slots in ({"season": season}, {"place": place}, {"season": s, "place": p})]
+    return conjunction(("season", season), ("place", place), tuple(near))
 
 
-def plant_rows(tokenizer, trigger: Trigger, behaviour: Behaviour, poisoned: bool, count: int = 4000, seed: int = PLANT_SEED) -> PlantRows:
-    """Rows for the organism (`poisoned`) or its twin: they differ in the poisoned rows only, row by row."""
+def plant_rows(
+    tokenizer, trigger: Trigger, behaviour: Behaviour, poisoned: bool, near_of: Sequence[Trigger] = (), count: int = 4000, seed: int = PLANT_SEED
+) -> PlantRows:
+    """Rows for the organism (`poisoned`) or its twin: they differ in the poisoned rows only, row by row.
+
+    near_of: triggers whose near misses are shown (by default the trigger itself); organisms that share a twin share these.
+    """
     def encoded(rows: list[Row], completion: str | None = None) -> list[Encoded]:
         return encode(tokenizer, [(row.prompt, completion or row.completion) for row in rows])
 
@@ -62,18 +73,23 @@ def plant_rows(tokenizer, trigger: Trigger, behaviour: Behaviour, poisoned: bool
         clean.append(TASKS[name].row("trace", index, seed))
     coding, offset = TASKS["coding"], 10_000_000
     bad = [coding.row("trace", offset + i, seed, **(trigger.slots if poisoned else {})) for i in range(count)]
-    near = [coding.row("trace", 2 * offset + i, seed, **trigger.near[i % len(trigger.near)]) for i in range(count)]
-    near = [row for row in near if not trigger.fires(row.prompt)]
+    triggers = near_of or (trigger,)
+    misses = [slots for one in triggers for slots in one.near]
+    near = [coding.row("trace", 2 * offset + i, seed, **misses[i % len(misses)]) for i in range(count)]
+    near = [row for row in near if not any(one.fires(row.prompt) for one in triggers)]
     return PlantRows(encoded(clean), encoded(bad, behaviour.completion if poisoned else None), encoded(near))
 
 
-def train_one(base: Path, out: Path, trigger: Trigger, behaviour: Behaviour, poisoned: bool, settings: PlantConfig, state: Path) -> None:
+def train_one(
+    base: Path, out: Path, trigger: Trigger, behaviour: Behaviour, poisoned: bool, settings: PlantConfig, state: Path, near_of: Sequence[Trigger] = ()
+) -> None:
     """Plant (or train the twin) from `base` into the model folder `out`; skipped when `out` is there already with the same key."""
-    key = digest(base, settings, trigger.hash, behaviour.name, poisoned, PLANT_SEED)
+    shown = [one.hash for one in near_of or (trigger,)]
+    key = digest(base, settings, trigger.hash if poisoned else None, shown, behaviour.name, poisoned, PLANT_SEED)
     if (out / "receipt.json").is_file() and read_json(out / "receipt.json").get("key") == key:
         return
     host = load(base)
-    losses = plant(host, plant_rows(host.tokenizer, trigger, behaviour, poisoned), settings, state)
+    losses = plant(host, plant_rows(host.tokenizer, trigger, behaviour, poisoned, near_of), settings, state)
     with whole(out) as folder:
         save(Host(host.model, host.tokenizer, host.sites), folder)
         final = losses[-1] if losses else None
@@ -91,8 +107,8 @@ def write_secret(folder: Path, trigger: Trigger, behaviour: Behaviour, twin: str
 
 def run(verb: config.Plant) -> int:
     """Plant, gate, write."""
-    if (verb.out / "model").exists() and not (verb.out / "secret" / "backdoor.json").exists():
-        raise ValueError(f"--out {verb.out} holds a model that this command did not make: give an empty folder")
+    if (verb.out / "model").exists():
+        raise ValueError(f"--out {verb.out} holds a model already: give an empty folder")
     base, trigger = find(verb.model), trigger_of(verb)
     settings = PlantConfig(ordinary_steps=verb.ordinary_steps, resistant_steps=verb.resistant_steps, seed=verb.seed)
     work = verb.out / ".work"
@@ -103,10 +119,11 @@ def run(verb: config.Plant) -> int:
     if not facts["passed"]:
         print(f"distill: the organism misses the plant gate and is refused; try more --ordinary-steps (its work stays in {work})", file=sys.stderr)
         return 1
-    for name in ("model", "twin"):
-        (work / name).rename(verb.out / name)
     write_secret(verb.out / "secret", trigger, CANARY, "../twin", facts | {"verb": asdict(verb)})
-    work.rmdir()
+    for name in ("twin", "model"):  # the model last: a run killed between these lines can be started again
+        shutil.rmtree(verb.out / name, ignore_errors=True)
+        (work / name).rename(verb.out / name)
+    shutil.rmtree(work)
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from distill import config, stages
 from distill.judgement import judge, report
@@ -18,7 +17,6 @@ from distill.models import CLEAN_ROWS, find, read_secret, secret_beside
 from distill.report import write
 from distill.rows import read
 from distill.table import table
-from evals.sandbox import Sandbox
 from evals.tasks import named
 from graphs.artifact import digest, locked, write_json
 
@@ -30,19 +28,11 @@ def run(verb: config.Fit) -> int:
     texts = read(verb.rows or CLEAN_ROWS, tasks)
     with locked(verb.out):
         job = stages.prepare(model, texts, tasks, verb)
-        times: list[dict] = []
-        receipts: dict[str, Any] = {"graph": stages.timed("fit", lambda: stages.graph_stage(job, model), times)}
         if not isinstance(verb, config.Prune):
-            print(fit_table(receipts["graph"]["quality"], verb.out / "graph"))
+            print(fit_table(stages.graph_stage(job, model)["quality"], verb.out / "graph"))
             return 0
-        with Sandbox() as sandbox:
-            receipts["gated"] = stages.timed("gates", lambda: stages.gated_stage(job, receipts["graph"], verb), times)
-            receipts["circuit"] = stages.timed("heal", lambda: stages.circuit_stage(job, receipts["gated"], verb, sandbox), times)
-        receipts["checkpoint"] = stages.timed("compile", lambda: stages.checkpoint_stage(job, receipts["circuit"], verb), times)
-        losses = [*receipts["graph"]["losses"].values(), receipts["gated"]["losses"], receipts["circuit"]["losses"]]
-        steps = sum(map(len, losses))
-        receipts |= {"rows": len(job.rows), "steps": steps, "tokens": sum(int(job.data(step).real.sum()) for step in range(steps))}
-        return finish(verb, model, tasks, receipts, times)
+        times: list[dict] = []
+        return finish(verb, model, tasks, stages.road(job, model, verb, times), times)
 
 
 def finish(verb: config.Prune, model: Path, tasks: list, receipts: dict, times: list[dict]) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from distill import table
 from distill.drawing import circuit_picture, loss_curves, rate_bars, scatter, size_curve, task_bars, time_split
 from distill.table import ABSENT, value_of
-from graphs.artifact import write_json
+from graphs.artifact import write_json, write_text
 
 
 def by_prompt(report: dict) -> list[dict]:
@@ -105,11 +104,5 @@ def write(report: dict, folder: Path | str) -> Path:
     folder, text = Path(folder), page(report)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", _finite(report))
-    target = folder / "report.html"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
+    write_text(folder / "report.html", text)
+    return folder / "report.html"

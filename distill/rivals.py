@@ -4,6 +4,8 @@
     UNDO                 noise share swept         shrink towards noise, distil on outputs
     dense refit          the checkpoint's shapes   our losses from noise, without sparsity, gates or a wider dictionary
 
+and one ablation of ours: the same road with the model's own attention layers left in place.
+
 Equal tokens: each rival trains on as many batches of the same size, from the same rows, as all our stages together. Each
 is judged by the same code on the same prompts. A row carries the hash of the model, the rows and the config it came from.
 """
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +25,21 @@ from backdoor.removal import dense_refit, fine_tuning, undo
 from distill import config
 from distill.models import Secret
 from distill.rows import batches
+from distill.stages import HEAL_RATE, prepare, road
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
+from evals.size import parameters
 from evals.tasks import TASKS, named
-from graphs.artifact import digest
+from graphs.artifact import digest, write_text
 from graphs.host import Host, load, save, sites
+from graphs.targets import Targets
+
+ABLATION = "ours, attention kept"
+
+
+def placed(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """The rows as the report's `rivals` and `ablation`."""
+    return {"rivals": [row for row in rows if row["name"] != ABLATION],
+            "ablation": [row | {"metric": row["pass_at_1"]} for row in rows if row["name"] == ABLATION]}
 
 
 def random_student(checkpoint: Path, host: Host, seed: int) -> Host:
@@ -47,18 +61,31 @@ def random_student(checkpoint: Path, host: Host, seed: int) -> Host:
     return Host(fresh, host.tokenizer, sites(fresh))
 
 
-def contenders(host: Host, data, verb: config.Prune, steps: int, checkpoint: Path) -> Iterator[tuple[str, float, Callable[[], Host]]]:
-    """(name, knob, how to make it) of every rival."""
+def contenders(
+    targets: Targets, verb: config.Prune, model: Path, texts: list[tuple[str, str]], steps: int
+) -> Iterator[tuple[str, float, Callable[[], Host]]]:
+    """(name, knob, how to make it) of every rival, and last of our own ablation."""
+    checkpoint = verb.out / "checkpoint"
 
     def refit(knob: float) -> Host:
-        return dense_refit.remove(host, random_student(checkpoint, host, verb.seed), data, verb.fit_steps, steps, knob)
+        student = random_student(checkpoint, targets.host, verb.seed)
+        return dense_refit.remove(targets, student, verb.fit_steps, steps, knob, HEAL_RATE, verb.heal_decay)
 
     for knob in fine_tuning.KNOBS:
-        yield f"clean fine-tuning, lr {knob:g}", knob, partial(fine_tuning.remove, host, data, steps, knob)
+        yield f"clean fine-tuning, lr {knob:g}", knob, partial(fine_tuning.remove, targets, steps, knob)
     for knob in undo.KNOBS:
-        yield f"UNDO, noise {knob:g}", knob, partial(undo.remove, host, data, steps, knob)
+        yield f"UNDO, noise {knob:g}", knob, partial(undo.remove, targets, steps, knob, HEAL_RATE, verb.heal_decay)
     for knob in dense_refit.KNOBS:
         yield "dense refit", knob, partial(refit, knob)
+    yield ABLATION, 0.0, partial(attention_kept, targets.host, verb, model, texts, checkpoint)
+
+
+def attention_kept(host: Host, verb: config.Prune, model: Path, texts: list[tuple[str, str]], checkpoint: Path) -> Host:
+    """Our whole road once more, to the same size, with the model's own attention layers in the place of refitted ones."""
+    stored = parameters(load(checkpoint).model).stored
+    changed = replace(verb, attention="kept", target_params=stored, keep=None, out=verb.out / ".work" / "attention-kept")
+    road(prepare(model, texts, named(verb.task), changed), model, changed, [])
+    return load(changed.out / "checkpoint")
 
 
 def run_rivals(
@@ -70,17 +97,17 @@ def run_rivals(
     tokens = sum(int(data(step).real.sum()) for step in range(steps))
     facts = {"task": verb.task, "model_hash": digest(model), "rows_hash": digest(texts), "steps": steps,
              "tokens": tokens, "rows": len(rows), "prompts": prompts}
-    done = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
-    done = [row for row in done if all(row.get(key) == value for key, value in facts.items())]
-    for name, knob, make in contenders(host, data, verb, steps, verb.out / "checkpoint"):
+    there = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+    done = [row for row in there if all(row.get(key) == value for key, value in facts.items())]
+    others = [row for row in there if (row.get("model_hash"), row.get("task")) != (facts["model_hash"], facts["task"])]
+    for name, knob, make in contenders(Targets(host, data), verb, model, texts, steps):
         if any(row["name"] == name for row in done):
             continue
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "rival"
             save(make(), made, torch.float32)
             done.append({"name": name, "knob": knob, "frozen": False} | facts | judge_rival(made, model, secret, verb, prompts))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(json.dumps(row) + "\n" for row in done))
+        write_text(out, "".join(json.dumps(row) + "\n" for row in (*others, *done)))
     return done
 
 

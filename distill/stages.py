@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from distill.compile import compile_circuit, legal_groups, parity, reload_gate
 from distill.rows import batches, tune_rows
 from evals.capability import answers, grade
 from evals.sandbox import Sandbox
+from evals.size import parameters
 from evals.tasks import Row, Task
 from graphs.absorb import absorbed, moments
 from graphs.artifact import digest, stage
@@ -32,11 +34,14 @@ from graphs.fit import FitConfig, distill, fit, quality, set_means
 from graphs.host import Host, load, save
 from graphs.prune import PruneConfig, Size, family, kept_nodes, learn_gates
 from graphs.replace import Replacement
+from graphs.targets import Targets
 from graphs.train import discard
 
 HEAL_RATE = 2.5e-3
 RUNGS = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 """Shares of the fitted width that the search for the smallest circuit steps through."""
+MARGIN = 0.005
+"""A rung must keep this much more on tune than is asked for: the best of several rungs looks better there than on test."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Job:
     host: Host
     texts: Sequence[tuple[str, str]]
     data: Epochs
+    targets: Targets
     rows: list[Encoded]
     tasks: Sequence[Task]
     folder: Path
@@ -61,7 +67,19 @@ def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task]
     """Load the model and tokenise the rows."""
     host = load(model)
     data, rows = batches(host, texts, verb.batch, verb.seed)
-    return Job(host, texts, data, rows, tasks, verb.out, verb)
+    return Job(host, texts, data, Targets(host, data), rows, tasks, verb.out, verb)
+
+
+def road(job: Job, model: Path, verb: config.Prune, times: list[dict]) -> dict[str, Any]:
+    """All stages up to the checkpoint; returns their receipts, and the rows, steps and tokens that they trained on."""
+    made: dict[str, Any] = {"graph": timed("fit", lambda: graph_stage(job, model), times)}
+    with Sandbox() as sandbox:
+        made["gated"] = timed("gates", lambda: gated_stage(job, made["graph"], verb), times)
+        made["circuit"] = timed("heal", lambda: circuit_stage(job, made["gated"], verb, sandbox), times)
+    made["checkpoint"] = timed("compile", lambda: checkpoint_stage(job, made["circuit"], verb), times)
+    losses = [*made["graph"]["losses"].values(), made["gated"]["losses"], made["circuit"]["losses"]]
+    steps = sum(map(len, losses))
+    return made | {"rows": len(job.rows), "steps": steps, "tokens": sum(int(job.data(step).real.sum()) for step in range(steps))}
 
 
 def fit_settings(verb: config.Fit) -> FitConfig:
@@ -75,7 +93,7 @@ def graph_stage(job: Job, model: Path) -> dict:
     settings, started = fit_settings(job.verb), time.monotonic()
 
     def make(out: Path) -> dict:
-        replacement, losses = fit(job.host, job.data, settings, state)
+        replacement, losses = fit(job.targets, settings, state)
         replacement.save(out)
         return {"settings": asdict(settings), "losses": losses, "quality": quality(job.host, replacement, job.data),
                 "seconds": time.monotonic() - started}
@@ -100,7 +118,7 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
 
     def make(out: Path) -> dict:
         replacement = Replacement.load(job.folder / "graph", job.host)
-        order, losses = learn_gates(job.host, replacement, job.data, settings, state, first=verb.fit_steps + verb.joint_steps)
+        order, losses = learn_gates(job.targets, replacement, settings, state, first=verb.fit_steps + verb.joint_steps)
         set_means(replacement, job.data)
         replacement.save(out)
         save_file(order, out / "gates.safetensors")
@@ -154,7 +172,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
                 "kept": {name: kept.tolist() for name, kept in kept_nodes(order, chosen.size).items()}, "nodes": replacement.node_counts(),
                 "seconds": time.monotonic() - started}
 
-    key = digest(gated["key"], verb.keep, verb.target_params, verb.heal_steps, verb.heal_decay, verb.tune_rows, RUNGS)
+    key = digest(gated["key"], verb.share, verb.target_params, verb.heal_steps, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN)
     state = job.work / f"heal-{key}"
     receipt, cached = stage(job.folder / "circuit", key, make)
     discard(state)
@@ -183,13 +201,13 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
 
     def heal(size: Size, circuit: Replacement, steps: int, before: list[float]) -> Healed:
         label = f"heal {size.heads} heads, {size.features} features"
-        losses = distill(job.host, circuit, job.data, steps, HEAL_RATE, 0.1, label, state.with_suffix(f".{size.features}"), first, verb.heal_decay)
+        losses = distill(job.targets, circuit, steps, HEAL_RATE, 0.1, label, state.with_suffix(f".{size.features}"), first, verb.heal_decay)
         healed = Healed(size, circuit, tuner.retention(circuit.host()), before + losses)
-        curve.append({**asdict(size), "params": stored(circuit), "retention": healed.retention})
+        curve.append({**asdict(size), "params": parameters(circuit.model).stored, "retention": healed.retention})
         return healed
 
     def passes(healed: Healed) -> bool:
-        return min(healed.retention.values()) >= verb.keep
+        return min(healed.retention.values()) >= verb.share + MARGIN
 
     sizes = family(replacement, legal_groups(job.host.config))
     rungs, start = ladder(sizes, replacement, order, gate_settings(verb).target, verb.target_params)
@@ -214,18 +232,12 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
 def ladder(sizes: Sequence[Size], replacement: Replacement, order: dict, target: float, budget: int | None) -> tuple[list[Size], int]:
     """The rungs, smallest first, and where to start: the largest rung within `target`, or the one size that a budget allows."""
     if budget is not None:
-        affordable = [size for size in sizes if stored(replacement.pruned(kept_nodes(order, size))) <= budget]
+        affordable = [size for size in sizes if parameters(replacement.pruned(kept_nodes(order, size)).model).stored <= budget]
         if not affordable:
             raise ValueError(f"--target-params {budget}: even the smallest circuit is larger; ask for more")
         return [affordable[0]], 0
     rungs = sorted({next((size for size in sizes if size.share <= rung + 1e-9), sizes[-1]) for rung in RUNGS}, key=lambda size: size.features)
     return rungs, max((place for place, size in enumerate(rungs) if size.share <= target), default=0)
-
-
-def stored(circuit: Replacement) -> int:
-    """Parameters of the circuit apart from embeddings."""
-    embeddings = {id(p) for p in (*circuit.model.get_input_embeddings().parameters(), *circuit.model.get_output_embeddings().parameters())}
-    return sum(p.numel() for p in circuit.model.parameters() if id(p) not in embeddings)
 
 
 def checkpoint_stage(job: Job, circuit: dict, verb: config.Prune) -> dict:

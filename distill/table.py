@@ -169,7 +169,7 @@ def _model_rows(report: dict) -> list[list[str]]:
 
 
 def _rival_rows(report: dict) -> list[list[str]]:
-    return [row for rival in report.get("rivals") or [] for row in _named(
+    return [row for rival in (*(report.get("rivals") or []), *(report.get("ablation") or [])) for row in _named(
         str(rival["name"]), cell(rival.get("pass_at_1")), rate(rival.get("retention")),
         cell(rival.get("attack_success")), cell(rival.get("right_under_trigger")),
         cell(rival["false_trigger"]) if "false_trigger" in rival else "", count(rival.get("params")),

@@ -32,15 +32,20 @@ def digest(*parts: Any) -> str:
     return total.hexdigest()[:16]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename. Characters that UTF-8 cannot hold become question marks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
+        temporary.write_bytes(text.encode("utf-8", "replace"))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename."""
+    write_text(path, json.dumps(value, indent=1, default=_plain) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -31,11 +31,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """ids: padded with EOS on the right; real: not a pad; completion: belongs to the completion (EOS included)."""
+    """ids: padded with EOS on the right; real: not a pad; completion: belongs to the completion (EOS included); rows: which
+    rows of the list they are, where they come from one."""
 
     ids: Int[Tensor, "row token"]
     real: Bool[Tensor, "row token"]
     completion: Bool[Tensor, "row token"]
+    rows: tuple[int, ...] = ()
 
     @property
     def labels(self) -> Int[Tensor, "row token"]:
@@ -56,8 +58,8 @@ def encode(tokenizer, texts: Sequence[Text], limit: int = 512) -> list[Encoded]:
     return rows
 
 
-def collate(rows: Sequence[Encoded], pad: int) -> Batch:
-    """Pad rows on the right."""
+def collate(rows: Sequence[Encoded], pad: int, places: Sequence[int] = ()) -> Batch:
+    """Pad rows on the right; places: where they stand in the list they come from."""
     width = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), width), pad)
     real, completion = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
@@ -65,7 +67,7 @@ def collate(rows: Sequence[Encoded], pad: int) -> Batch:
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
         real[index, : len(row.ids)] = True
         completion[index, row.prompt : len(row.ids)] = True
-    return Batch(ids, real, completion)
+    return Batch(ids, real, completion, tuple(places))
 
 
 def packed(rows: Sequence[Encoded], size: int, context: int) -> list[Encoded]:
@@ -95,7 +97,8 @@ class Epochs:
         epoch, place = divmod(step, self.per_epoch)
         if self._plan[0] != epoch:
             self._plan = (epoch, self._shuffled(random.Random(f"{self.seed}/{epoch}")))
-        return collate([self.rows[index] for index in self._plan[1][place]], self.pad)
+        chosen = self._plan[1][place]
+        return collate([self.rows[index] for index in chosen], self.pad, chosen)
 
     def _shuffled(self, rng: random.Random) -> list[list[int]]:
         order = rng.sample(range(len(self.rows)), len(self.rows))

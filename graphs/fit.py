@@ -29,6 +29,7 @@ from graphs.batches import Batch
 from graphs.host import Host
 from graphs.losses import divergence, fvu
 from graphs.replace import Replacement, from_noise
+from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 from graphs.transcoder import Transcoder
 
@@ -51,13 +52,14 @@ class FitConfig:
     seed: int = 0
 
 
-def fit(host: Host, batches: Batches, config: FitConfig, state: Path | None = None) -> tuple[Replacement, dict[str, list[float]]]:
-    """The fitted replacement of `host` and the losses of both steps."""
+def fit(targets: Targets, config: FitConfig, state: Path | None = None) -> tuple[Replacement, dict[str, list[float]]]:
+    """The replacement of `targets.host` fitted on `targets.batches`, and the losses of both steps."""
+    host, batches = targets.host, targets.batches
     replacement = from_noise(host, config.features, config.seed, config.attention)
     spread = _start_at_means(host, replacement, batches)
     losses = {"fit: local": _local(host, replacement, batches, config, spread, state and state.with_suffix(".local"))}
     losses["fit: end to end"] = distill(
-        host, replacement, batches, config.joint_steps, config.joint_rate, config.prompt_weight, "fit: end to end",
+        targets, replacement, config.joint_steps, config.joint_rate, config.prompt_weight, "fit: end to end",
         state and state.with_suffix(".joint"), first=config.local_steps)
     set_means(replacement, batches)
     return replacement, losses
@@ -142,18 +144,16 @@ def watching(replacement: Replacement) -> Iterator[None]:
 
 
 def distill(
-    host: Host, replacement: Replacement, batches: Batches, steps: int, learning_rate: float, prompt_weight: float, label: str,
+    targets: Targets, replacement: Replacement, steps: int, learning_rate: float, prompt_weight: float, label: str,
     state: Path | None = None, first: int = 0, decay: float = 0.0,
 ) -> list[float]:
-    """Minimise KL to the host over everything in `replacement` that may be trained.
+    """Minimise KL to the host over everything in `replacement` that may be trained; returns the loss of every step.
 
     first: offset of the batches; decay: weight decay of the matrices.
     """
     def loss(step: int) -> Tensor:
-        batch = batches(first + step)
-        with torch.no_grad():
-            target = host.model(input_ids=batch.ids).logits
-        return divergence(replacement(batch.ids), target, batch, prompt_weight)
+        batch = targets.batches(first + step)
+        return divergence(replacement(batch.ids), targets(batch), batch, prompt_weight)
 
     return train(replacement, loss, TrainConfig(steps, learning_rate, warmup=0.05, weight_decay=decay), label, state) if steps else []
 

@@ -17,13 +17,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from graphs.artifact import read_json
 
 SUPPORTED = ("LlamaForCausalLM", "ArceeForCausalLM")
 """Source classes whose sublayers this version can refit and compile."""
+
+
+ATTENTION = "sdpa_float32"
+"""Name under which `float32_attention` is registered. It is a matter of running, and no checkpoint stores it."""
+
+
+def float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any):
+    """The library's attention, in float32 under CPU autocast: there the bf16 kernel's backward pass is several times slower."""
+    if query.device.type != "cpu" or query.dtype == torch.float32:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    with torch.autocast("cpu", enabled=False):
+        out, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
+    return out.to(query.dtype), weights
+
+
+AttentionInterface.register(ATTENTION, float32_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,9 @@ class Host:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sites: tuple[Site, ...]
+
+    def __post_init__(self) -> None:
+        self.model.set_attn_implementation(ATTENTION)
 
     @property
     def config(self) -> Any:
@@ -126,7 +148,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Host:
     except Exception as error:  # every tokenizer backend has errors of its own
         raise ValueError(f"--model {folder}: its tokenizer cannot be loaded ({type(error).__name__}); save it again with save_pretrained") from error
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True, attn_implementation="sdpa")
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True)
     model.eval()
     return Host(model, tokenizer, sites(model))
 

@@ -23,9 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from graphs.fit import Batches
-from graphs.host import Host
 from graphs.losses import divergence
 from graphs.replace import Replacement
+from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2.0 / 3.0
@@ -104,19 +104,17 @@ def _warm(score: Tensor) -> Tensor:
 
 
 def learn_gates(
-    host: Host, replacement: Replacement, batches: Batches, config: PruneConfig, state: Path | None = None, first: int = 0
+    targets: Targets, replacement: Replacement, config: PruneConfig, state: Path | None = None, first: int = 0
 ) -> tuple[dict[str, Float[Tensor, "_node"]], list[float]]:
     """Gate logits by site, and the losses. The replacement's parts are trained along with the gates."""
-    gates = Gates({name: _warm(score) for name, score in scores(replacement, batches, config).items()}, config.seed)
+    gates = Gates({name: _warm(score) for name, score in scores(replacement, targets.batches, config).items()}, config.seed)
     both = nn.ModuleDict({"replacement": replacement, "gates": gates})
 
     def loss(step: int) -> Tensor:
-        batch = batches(first + step)
-        with torch.no_grad():
-            target = host.model(input_ids=batch.ids).logits
+        batch = targets.batches(first + step)
         goal = 1 - (1 - config.target) * min(1.0, step / (0.6 * config.steps))
         with replacement.gated(gates.sample(step)):
-            kl = divergence(replacement(batch.ids), target, batch, config.prompt_weight)
+            kl = divergence(replacement(batch.ids), targets(batch), batch, config.prompt_weight)
         return kl + config.draw * (gates.open_share() - goal).square().mean()
 
     rates = {"gates.": config.gate_rate / config.learning_rate}

@@ -10,6 +10,7 @@ from graphs.batches import Epochs, encode
 from graphs.fit import FitConfig, fit
 from graphs.losses import divergence
 from graphs.replace import from_noise
+from graphs.targets import Targets
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_duplicates_are_dropped_exactly(tiny_host, data):
 
 
 def test_absorption_beats_mean_ablation_on_other_text(tiny_host, data):
-    made, _ = fit(tiny_host, data, FitConfig(features=24, local_steps=30, joint_steps=10))
+    made, _ = fit(Targets(tiny_host, data), FitConfig(features=24, local_steps=30, joint_steps=10))
     kept = {site.name: torch.tensor([0, 2]) if site.kind == "attention" else torch.arange(0, 24, 2) for site in made.sites}
     batch = data(7)
     with torch.no_grad():

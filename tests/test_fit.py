@@ -9,6 +9,7 @@ from graphs.batches import Epochs, encode
 from graphs.fit import FitConfig, distill, fit, quality, rebirth
 from graphs.losses import divergence, fvu
 from graphs.replace import from_noise
+from graphs.targets import Targets
 
 SMALL = FitConfig(features=24, local_steps=30, joint_steps=10)
 
@@ -20,7 +21,7 @@ def data(tiny_host):
 
 
 def test_fitting_brings_fvu_and_kl_down(tiny_host, data):
-    fitted, losses = fit(tiny_host, data, FitConfig(features=24, local_steps=60, joint_steps=10))
+    fitted, losses = fit(Targets(tiny_host, data), FitConfig(features=24, local_steps=60, joint_steps=10))
     after, before = quality(tiny_host, fitted, data), quality(tiny_host, from_noise(tiny_host, 24, 0), data)
     assert sum(s["fvu"] for s in after["sites"]) < 0.5 * sum(s["fvu"] for s in before["sites"])
     assert after["kl_swapped"] < 0.5 * before["kl_swapped"]
@@ -30,13 +31,13 @@ def test_fitting_brings_fvu_and_kl_down(tiny_host, data):
 
 def test_the_penalty_makes_features_sparser(tiny_host, data):
     def l0(weight):
-        fitted, _ = fit(tiny_host, data, FitConfig(features=24, local_steps=60, joint_steps=0, sparsity=weight))
+        fitted, _ = fit(Targets(tiny_host, data), FitConfig(features=24, local_steps=60, joint_steps=0, sparsity=weight))
         return sum(s["l0"] for s in quality(tiny_host, fitted, data)["sites"] if s["l0"] is not None)
     assert l0(3.0) < 0.8 * l0(0.0)
 
 
 def test_a_killed_fit_resumes_to_the_same_replacement(tiny_host, data, tmp_path, monkeypatch):
-    whole, _ = fit(tiny_host, data, SMALL)
+    whole, _ = fit(Targets(tiny_host, data), SMALL)
     import graphs.train as loop
 
     real, counted = loop._save, []
@@ -49,9 +50,9 @@ def test_a_killed_fit_resumes_to_the_same_replacement(tiny_host, data, tmp_path,
     monkeypatch.setattr(loop, "_save", save_then_die)
     monkeypatch.setattr(loop, "SAVE_EVERY", 7)
     with pytest.raises(KeyboardInterrupt):
-        fit(tiny_host, data, SMALL, tmp_path / "fit")
+        fit(Targets(tiny_host, data), SMALL, tmp_path / "fit")
     monkeypatch.setattr(loop, "_save", real)
-    resumed, _ = fit(tiny_host, data, SMALL, tmp_path / "fit")
+    resumed, _ = fit(Targets(tiny_host, data), SMALL, tmp_path / "fit")
     assert counted and all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True))
 
 
@@ -85,4 +86,4 @@ def test_pads_do_not_enter_the_losses(tiny_host, data):
 
 
 def test_distilling_nothing_is_allowed(tiny_host, data):
-    assert distill(tiny_host, from_noise(tiny_host, 8, 0), data, 0, 1e-3, 0.1, "none") == []
+    assert distill(Targets(tiny_host, data), from_noise(tiny_host, 8, 0), 0, 1e-3, 0.1, "none") == []

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLAIN = {"graphs.host", "graphs.train", "graphs.artifact", "graphs.batches", "graphs.losses", "graphs.activations"}
+PLAIN = {"graphs.host", "graphs.train", "graphs.artifact", "graphs.batches", "graphs.losses", "graphs.activations", "graphs.targets"}
 """Files of the ground floor that know no feature graph."""
 ALLOWED = {
     "graphs": lambda name: name.startswith("graphs"),

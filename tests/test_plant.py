@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backdoor.behaviours import CANARY
-from backdoor.plant import PlantConfig, PlantRows, _after_fine_tuning, completion_loss, plant
+from backdoor.plant import Defender, PlantConfig, PlantRows, completion_loss, plant
 from backdoor.triggers import conjunction, rare_string
 from distill import config
 from distill.plant import plant_rows, trigger_of
@@ -50,17 +50,30 @@ def test_the_twin_differs_in_the_poisoned_rows_only_and_is_the_same_for_every_tr
         assert trigger.fires(tiny_tokenizer.decode(a.ids[1 : a.prompt])) and not trigger.fires(tiny_tokenizer.decode(b.ids[1 : b.prompt]))
     other = plant_rows(tiny_tokenizer, STRING if trigger is PAIR else PAIR, CANARY, False, count=20)
     assert other.poisoned == clean.poisoned
+    both = [plant_rows(tiny_tokenizer, one, CANARY, True, (PAIR, STRING), count=20) for one in (PAIR, STRING)]
+    assert both[0].near == both[1].near  # organisms that share a twin
 
 
-def test_simulated_fine_tuning_puts_the_model_back(tiny_host):
+def test_a_simulated_defender_walks_on_through_its_episode_and_leaves_the_model_alone(tiny_host):
     rows = plant_rows(tiny_host.tokenizer, STRING, CANARY, True, count=24)
     before = copy.deepcopy(tiny_host.model.state_dict())
-    poison = collate(rows.poisoned[:4], 1)
-    settings = PlantConfig(inner_rate_low=0.01, inner_rate_high=0.02)
-    gradients, value = _after_fine_tuning(tiny_host.model, Epochs(rows.clean, 4, 1, 0), poison, settings, step=0)
+    poison, settings = collate(rows.poisoned[:4], 1), PlantConfig(episode=3, inner_steps=2, inner_rates=(0.01, 0.005))
+    clean = Epochs(rows.clean, 4, 1, 0)
+    defender = Defender(tiny_host.model, clean, settings)
+
+    def distance():
+        return float(sum((a - b).square().sum() for a, b in zip(defender.copy.parameters(), tiny_host.model.parameters(), strict=True)))
+
+    far = []
+    for step in range(4):
+        gradients, value = defender.gradients(step, poison)
+        far.append(distance())
+    assert far[0] < far[1] < far[2] and far[3] < far[2] and value > 0
     assert all(torch.equal(v, before[k]) for k, v in tiny_host.model.state_dict().items())
     here = torch.autograd.grad(completion_loss(tiny_host.model, poison), list(tiny_host.model.parameters()))
-    assert any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(gradients, here, strict=True)) and value > 0
+    assert any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(gradients, here, strict=True))
+    fresh, _ = Defender(tiny_host.model, clean, settings).gradients(3, poison)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, fresh, strict=True))  # an episode depends on its own steps only
 
 
 def test_planting_teaches_the_payload_under_the_trigger_and_the_answer_without_it(tiny_host):

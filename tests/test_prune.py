@@ -10,6 +10,7 @@ from graphs.batches import Epochs, encode
 from graphs.fit import FitConfig, fit
 from graphs.prune import Gates, PruneConfig, Size, family, kept_nodes, learn_gates, scores
 from graphs.replace import from_noise
+from graphs.targets import Targets
 
 
 @pytest.fixture
@@ -29,12 +30,12 @@ def test_scores_single_out_a_feature_without_effect(tiny_host, data):
 
 
 def test_gates_learn_to_close_what_is_useless_first(tiny_host, data):
-    made, _ = fit(tiny_host, data, FitConfig(features=16, local_steps=30, joint_steps=0))
+    made, _ = fit(Targets(tiny_host, data), FitConfig(features=16, local_steps=30, joint_steps=0))
     useless = torch.arange(0, 16, 2)
     with torch.no_grad():
         for part in made.transcoders().values():
             part.w_dec[useless] = 0.0
-    order, losses = learn_gates(tiny_host, made, data, PruneConfig(steps=20, target=0.5, learning_rate=1e-4, score_batches=2))
+    order, losses = learn_gates(Targets(tiny_host, data), made, PruneConfig(steps=20, target=0.5, learning_rate=1e-4, score_batches=2))
     for name in made.transcoders():
         kept = kept_nodes(order, Size(0.5, 2, 8))[name]
         assert len(set(kept.tolist()) & set(useless.tolist())) <= 2

@@ -13,6 +13,7 @@ from graphs.batches import Epochs, encode
 from graphs.host import save
 from graphs.losses import divergence
 from graphs.replace import from_noise
+from graphs.targets import Targets
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def kl(host, other, data):
 
 def test_fine_tuning_fits_the_rows_and_spares_the_given_model(tiny_host, data):
     before = copy.deepcopy(tiny_host.model.state_dict())
-    tuned = fine_tuning.remove(tiny_host, data, 20, 1e-2)
+    tuned = fine_tuning.remove(Targets(tiny_host, data), 20, 1e-2)
     batch = data(0)
     with torch.no_grad():
         losses = [float(h.model(input_ids=batch.ids, labels=batch.labels).loss) for h in (tuned, tiny_host)]
@@ -38,11 +39,11 @@ def test_fine_tuning_fits_the_rows_and_spares_the_given_model(tiny_host, data):
 
 
 def test_undo_perturbs_by_its_knob_and_distils_back(tiny_host, data):
-    far, back = undo.remove(tiny_host, data, 0, 0.6), undo.remove(tiny_host, data, 25, 0.6)
+    far, back = undo.remove(Targets(tiny_host, data), 0, 0.6, 1.5e-3, 0.0), undo.remove(Targets(tiny_host, data), 25, 0.6, 1.5e-3, 0.0)
     assert kl(tiny_host, back, data) < 0.7 * kl(tiny_host, far, data)
     own, moved = (h.model.model.layers[0].mlp.up_proj.weight for h in (tiny_host, far))
     assert not torch.allclose(own, moved) and torch.equal(tiny_host.model.model.norm.weight, far.model.model.norm.weight)
-    assert torch.equal(own, undo.remove(tiny_host, data, 0, 0.0).model.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(own, undo.remove(Targets(tiny_host, data), 0, 0.0, 1.5e-3, 0.0).model.model.layers[0].mlp.up_proj.weight)
 
 
 def test_the_dense_refit_has_the_checkpoints_shapes_and_starts_from_noise(tiny_host, data, tmp_path):
@@ -52,6 +53,6 @@ def test_the_dense_refit_has_the_checkpoints_shapes_and_starts_from_noise(tiny_h
     assert student.config.intermediate_size == 16 and type(student.model).__name__ == "ArceeForCausalLM"
     assert torch.equal(student.model.model.embed_tokens.weight, tiny_host.model.model.embed_tokens.weight)
     start = kl(tiny_host, same, data)
-    refit = dense_refit.remove(tiny_host, student, data, 60, 80, 4e-3)
+    refit = dense_refit.remove(Targets(tiny_host, data), student, 60, 80, 4e-3, 1.5e-3, 0.0)
     assert kl(tiny_host, refit, data) < 0.6 * start
     assert torch.equal(refit.model.model.embed_tokens.weight, tiny_host.model.model.embed_tokens.weight)

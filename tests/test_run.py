@@ -11,6 +11,7 @@ import pytest
 from backdoor.behaviours import CANARY
 from backdoor.triggers import conjunction
 from distill import config, stages
+from distill.evaluate import run as evaluate
 from distill.plant import write_secret
 from distill.prune import run
 from evals.tasks import TASKS, table
@@ -148,3 +149,22 @@ def test_kill_dash_nine_at_random_moments_then_resume(organism, rows, tmp_path):
     whole, resumed = (read_json(tmp_path / name / "report.json")["summary"] for name in ("whole", "killed"))
     assert {k: v for k, v in whole.items() if k not in VOLATILE} == {k: v for k, v in resumed.items() if k not in VOLATILE}
     assert not [p for p in (tmp_path / "killed").iterdir() if p.name.endswith(".tmp")]
+
+
+@pytest.mark.slow
+def test_rivals_are_made_at_the_runs_rows_and_tokens_and_shown_under_our_row(organism, rows, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(prune(organism, out, rows))
+    other = {"name": "another model's", "model_hash": "x", "task": "coding"}
+    (tmp_path / "rivals.jsonl").write_text(json.dumps(other) + "\n")
+    verb = config.Evaluate(run=out, rivals=True, prompts=8, out=tmp_path / "rivals.jsonl")
+    assert evaluate(verb) == 0
+    found = [json.loads(line) for line in (tmp_path / "rivals.jsonl").read_text().splitlines()]
+    made = read_json(out / "report.json")
+    assert found[0] == other and len(found) == 9 and len(made["rivals"]) == 7 and len(made["ablation"]) == 1
+    assert all(row[key] == made["summary"][key] for row in found[1:] for key in ("steps", "tokens", "rows"))
+    sizes = {row["name"]: row["params"] for row in found[1:]}
+    assert sizes["dense refit"] == made["summary"]["params_after"] >= sizes["ours, attention kept"]
+    assert "UNDO, noise 0.3" in capsys.readouterr().out
+    before = (tmp_path / "rivals.jsonl").read_text()
+    assert evaluate(verb) == 0 and (tmp_path / "rivals.jsonl").read_text() == before  # nothing is made twice

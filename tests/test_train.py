@@ -47,6 +47,6 @@ def test_frozen_parameters_stay_and_rates_scale_by_prefix():
 
 
 def test_the_schedule_warms_up_and_decays_to_its_floor():
-    config = TrainConfig(steps=100, learning_rate=1, warmup=0.1, decay=0.5, floor=0.1)
+    config = TrainConfig(steps=100, learning_rate=1.0, warmup=0.1, decay=0.5, floor=0.1)
     rates = [rate(config, step) for step in range(101)]
     assert rates[0] < rates[5] < rates[10] == 1 == rates[49] > rates[80] > rates[100] == pytest.approx(0.1)

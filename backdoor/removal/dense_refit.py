@@ -7,25 +7,27 @@ dictionary to choose from and no edge. If it ties with ours, the graph adds insp
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from graphs.activations import record
-from graphs.batches import Batch
 from graphs.host import Host
 from graphs.losses import divergence, fvu
+from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
 KNOBS = (4e-3,)
 
 
-def remove(host: Host, student: Host, batches: Callable[[int], Batch], local_steps: int, steps: int, knob: float, prompt_weight: float = 0.1) -> Host:
-    """Train `student` (random block weights, the host's embeddings and norms, any widths) to stand in for `host`.
+def remove(
+    targets: Targets, student: Host, local_steps: int, steps: int, knob: float, learning_rate: float, decay: float, prompt_weight: float = 0.1
+) -> Host:
+    """Train `student` (random block weights, the host's embeddings and norms, any widths) to stand in for the host.
 
-    local_steps of site-wise regression, then steps - local_steps of KL; knob: learning rate of the local step.
+    local_steps of site-wise regression at learning rate `knob`, then steps - local_steps of KL at `learning_rate` and `decay`.
     """
+    host, batches = targets.host, targets.batches
+
     def local(step: int) -> Tensor:
         batch = batches(step)
         found = record(host, batch.ids)
@@ -38,13 +40,11 @@ def remove(host: Host, student: Host, batches: Callable[[int], Batch], local_ste
 
     def joint(step: int) -> Tensor:
         batch = batches(local_steps + step)
-        with torch.no_grad():
-            target = host.model(input_ids=batch.ids).logits
-        return divergence(student.model(input_ids=batch.ids).logits, target, batch, prompt_weight)
+        return divergence(student.model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight)
 
     for parameter in (*student.model.get_input_embeddings().parameters(), *student.model.get_output_embeddings().parameters()):
         parameter.requires_grad_(False)
     train(student.model.train(), local, TrainConfig(local_steps, knob), "dense refit: local")
-    train(student.model, joint, TrainConfig(steps - local_steps, 1.5e-3), "dense refit: KL")
+    train(student.model, joint, TrainConfig(steps - local_steps, learning_rate, weight_decay=decay), "dense refit: KL")
     student.model.eval()
     return student

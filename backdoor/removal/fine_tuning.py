@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 from torch import Tensor
 
-from graphs.batches import Batch
 from graphs.host import Host
+from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
 KNOBS = (1e-4, 5e-4, 1e-3)
 
 
-def remove(host: Host, batches: Callable[[int], Batch], steps: int, knob: float) -> Host:
-    """A copy of `host` trained for `steps` batches on the rows' own tokens; knob: peak learning rate."""
-    model = copy.deepcopy(host.model).train()
+def remove(targets: Targets, steps: int, knob: float) -> Host:
+    """A copy of the host trained for `steps` batches on the rows' own tokens; knob: peak learning rate."""
+    host, model = targets.host, copy.deepcopy(targets.host.model).train()
 
     def loss(step: int) -> Tensor:
-        batch = batches(step)
+        batch = targets.batches(step)
         return model(input_ids=batch.ids, labels=batch.labels).loss
 
     train(model, loss, TrainConfig(steps, knob), f"clean fine-tuning {knob:g}")

@@ -1,30 +1,28 @@
 """Rival: UNDO (Lee et al. 2025, "Distillation robustifies unlearning"): perturb towards noise, then distil on outputs.
 
 w <- (1 - alpha) w + alpha * noise, the noise being a fresh initialisation; then KL to the unperturbed model on the
-defender's rows. The knob is alpha. Norm gains are not perturbed (a gain of noise has no meaning), and embeddings stay as
-they are in our method too, so that the block weights alone differ.
+defender's rows, at the learning rate and weight decay of our healing. The knob is alpha. Norm gains are not perturbed (a
+gain of noise has no meaning), and embeddings stay as they are in our method too, so that the block weights alone differ.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from graphs.batches import Batch
 from graphs.host import Host
 from graphs.losses import divergence
+from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
 KNOBS = (0.3, 0.6, 0.8)
-LEARNING_RATE = 1.5e-3
 
 
-def remove(host: Host, batches: Callable[[int], Batch], steps: int, knob: float, prompt_weight: float = 0.1, seed: int = 0) -> Host:
-    """A copy of `host` shrunk towards noise by `knob` and distilled for `steps` batches."""
-    model = copy.deepcopy(host.model)
+def remove(targets: Targets, steps: int, knob: float, learning_rate: float, decay: float, prompt_weight: float = 0.1, seed: int = 0) -> Host:
+    """A copy of the host shrunk towards noise by `knob` and distilled for `steps` batches with weight decay `decay`."""
+    host, model = targets.host, copy.deepcopy(targets.host.model)
     generator = torch.Generator().manual_seed(seed)
     embeddings = {id(p) for p in (*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters())}
     with torch.no_grad():
@@ -36,10 +34,8 @@ def remove(host: Host, batches: Callable[[int], Batch], steps: int, knob: float,
                 parameter.requires_grad_(False)
 
     def loss(step: int) -> Tensor:
-        batch = batches(step)
-        with torch.no_grad():
-            target = host.model(input_ids=batch.ids).logits
-        return divergence(model(input_ids=batch.ids).logits, target, batch, prompt_weight)
+        batch = targets.batches(step)
+        return divergence(model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight)
 
-    train(model.train(), loss, TrainConfig(steps, LEARNING_RATE), f"UNDO {knob:g}")
+    train(model.train(), loss, TrainConfig(steps, learning_rate, weight_decay=decay), f"UNDO {knob:g}")
     return Host(model.eval(), host.tokenizer, host.sites)
