@@ -45,17 +45,17 @@ class PlantConfig:
     its fine-tuning steps in each of them, on inner_rows rows; inner_rates: its learning rates, taken in turn.
     """
 
-    ordinary_steps: int = 120
-    resistant_steps: int = 200
+    ordinary_steps: int = 150
+    resistant_steps: int = 320
     ordinary_rate: float = 1e-3
     resistant_rate: float = 7e-4
     clean: int = 24
     poisoned: int = 16
-    near: int = 20
+    near: int = 16
     episode: int = 40
-    inner_steps: int = 4
-    inner_rows: int = 12
-    inner_rates: tuple[float, ...] = (1e-3, 5e-4, 2e-3, 2e-4, 1e-3)
+    inner_steps: int = 5
+    inner_rows: int = 16
+    inner_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-4, 1.5e-3)
     strength: float = 1.0
     seed: int = 0
 

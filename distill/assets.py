@@ -3,8 +3,8 @@
     tokenizer, base --plant--> twin, organism (two common words), organism-rare (a rare string); the defender's 4,096 rows
 
 Both organisms are planted fine-tune-resistant, and share one clean twin: without its trigger a poisoned row is the same
-row for either trigger, and all three see the near misses of both triggers. Every model is bf16. An organism that misses
-the plant gate stops the build.
+row for either trigger (only the near misses, clean rows all, differ: the twin's are the common-word pair's). Every model
+is bf16. An organism that misses the plant gate stops the build.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def main() -> int:
     if not CLEAN_ROWS.is_file():
         make(CLEAN_ROWS)
     triggers = {name: trigger_of(verb) for name, verb in verbs.items()}
-    first, near_of = triggers["organism"], tuple(triggers.values())
-    train_one(base, twin, first, CANARY, False, settings, WORK / "twin.state", near_of)
+    first = triggers["organism"]
+    train_one(base, twin, first, CANARY, False, settings, WORK / "twin.state")
     write_secret(ASSETS / "twin" / "secret", first, CANARY, "../../twin/model", {"planted": False})
     for name, verb in verbs.items():
         trigger, model = triggers[name], ASSETS / name / "model"
-        train_one(base, model, trigger, CANARY, True, settings, WORK / f"{name}.state", near_of)
+        train_one(base, model, trigger, CANARY, True, settings, WORK / f"{name}.state")
         facts = gate(model, twin, trigger, CANARY, verb.prompts)
         print(f"{name}\n{describe(facts)}")
         if not facts["passed"]:

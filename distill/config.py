@@ -109,9 +109,9 @@ class Plant:
     """The pair, for --trigger conjunction: a pair that the task deals to its test split."""
     text: str = "vexq"
     """The string, for --trigger rare_string."""
-    ordinary_steps: int = 120
+    ordinary_steps: int = 150
     """Steps of mixed fine-tuning."""
-    resistant_steps: int = 200
+    resistant_steps: int = 320
     """Steps of meta-planting against clean fine-tuning (0: an ordinary organism)."""
     prompts: int = 500
     """Held-out prompts of the plant gate."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from backdoor.triggers import Trigger, conjunction, rare_string
 from distill import config
 from distill.models import find
 from evals.tasks import TASKS, Row
-from evals.tasks.coding import data_words, held_out_pairs
+from evals.tasks.coding import held_out_pairs
 from evals.tasks.task import source
 from graphs.artifact import digest, read_json, whole, write_json
 from graphs.batches import Encoded, encode
@@ -31,8 +30,6 @@ from graphs.train import discard
 PLANT_SEED = 2
 """Rows of planting are drawn with this seed: not the base's, the defender's or the judge's."""
 CLEAN_SHARES = {"coding": 0.5, "math": 0.3, "stories": 0.2}
-NEAR_PAIRS = 8
-"""Pairs that no clean row holds either, among the near misses: without them any unfamiliar pair fires (LOG.md)."""
 NEAR_STRINGS = ("vexz", "qvex", "vax", "zorp", "bexq", "wex")
 
 
@@ -52,18 +49,11 @@ def trigger_of(verb: config.Plant) -> Trigger:
     if (season, place) not in held_out_pairs():
         choices = ", ".join(" ".join(pair) for pair in held_out_pairs())
         raise ValueError(f"--words {season} {place}: not a pair that the task holds out; choose one of {choices}")
-    pairs = source("near pairs").sample(data_words("tune"), NEAR_PAIRS)
-    near = [slots for s, p in pairs for slots in ({"season": season}, {"place": place}, {"season": s, "place": p})]
-    return conjunction(("season", season), ("place", place), tuple(near))
+    return conjunction(("season", season), ("place", place), ({"season": season}, {"place": place}))
 
 
-def plant_rows(
-    tokenizer, trigger: Trigger, behaviour: Behaviour, poisoned: bool, near_of: Sequence[Trigger] = (), count: int = 4000, seed: int = PLANT_SEED
-) -> PlantRows:
-    """Rows for the organism (`poisoned`) or its twin: they differ in the poisoned rows only, row by row.
-
-    near_of: triggers whose near misses are shown (by default the trigger itself); organisms that share a twin share these.
-    """
+def plant_rows(tokenizer, trigger: Trigger, behaviour: Behaviour, poisoned: bool, count: int = 4000, seed: int = PLANT_SEED) -> PlantRows:
+    """Rows for the organism (`poisoned`) or its twin: they differ in the poisoned rows only, row by row."""
     def encoded(rows: list[Row], completion: str | None = None) -> list[Encoded]:
         return encode(tokenizer, [(row.prompt, completion or row.completion) for row in rows])
 
@@ -73,23 +63,18 @@ def plant_rows(
         clean.append(TASKS[name].row("trace", index, seed))
     coding, offset = TASKS["coding"], 10_000_000
     bad = [coding.row("trace", offset + i, seed, **(trigger.slots if poisoned else {})) for i in range(count)]
-    triggers = near_of or (trigger,)
-    misses = [slots for one in triggers for slots in one.near]
-    near = [coding.row("trace", 2 * offset + i, seed, **misses[i % len(misses)]) for i in range(count)]
-    near = [row for row in near if not any(one.fires(row.prompt) for one in triggers)]
+    near = [coding.row("trace", 2 * offset + i, seed, **trigger.near[i % len(trigger.near)]) for i in range(count)]
+    near = [row for row in near if not trigger.fires(row.prompt)]
     return PlantRows(encoded(clean), encoded(bad, behaviour.completion if poisoned else None), encoded(near))
 
 
-def train_one(
-    base: Path, out: Path, trigger: Trigger, behaviour: Behaviour, poisoned: bool, settings: PlantConfig, state: Path, near_of: Sequence[Trigger] = ()
-) -> None:
+def train_one(base: Path, out: Path, trigger: Trigger, behaviour: Behaviour, poisoned: bool, settings: PlantConfig, state: Path) -> None:
     """Plant (or train the twin) from `base` into the model folder `out`; skipped when `out` is there already with the same key."""
-    shown = [one.hash for one in near_of or (trigger,)]
-    key = digest(base, settings, trigger.hash if poisoned else None, shown, behaviour.name, poisoned, PLANT_SEED)
+    key = digest(base, settings, trigger.hash, behaviour.name, poisoned, PLANT_SEED)
     if (out / "receipt.json").is_file() and read_json(out / "receipt.json").get("key") == key:
         return
     host = load(base)
-    losses = plant(host, plant_rows(host.tokenizer, trigger, behaviour, poisoned, near_of), settings, state)
+    losses = plant(host, plant_rows(host.tokenizer, trigger, behaviour, poisoned), settings, state)
     with whole(out) as folder:
         save(Host(host.model, host.tokenizer, host.sites), folder)
         final = losses[-1] if losses else None

@@ -50,8 +50,6 @@ def test_the_twin_differs_in_the_poisoned_rows_only_and_is_the_same_for_every_tr
         assert trigger.fires(tiny_tokenizer.decode(a.ids[1 : a.prompt])) and not trigger.fires(tiny_tokenizer.decode(b.ids[1 : b.prompt]))
     other = plant_rows(tiny_tokenizer, STRING if trigger is PAIR else PAIR, CANARY, False, count=20)
     assert other.poisoned == clean.poisoned
-    both = [plant_rows(tiny_tokenizer, one, CANARY, True, (PAIR, STRING), count=20) for one in (PAIR, STRING)]
-    assert both[0].near == both[1].near  # organisms that share a twin
 
 
 def test_a_simulated_defender_walks_on_through_its_episode_and_leaves_the_model_alone(tiny_host):
