@@ -1,7 +1,8 @@
 """Every figure in the README: run the commands, keep their summaries, print them into the README.
 
     python benchmarks/results.py run      runs each command below, writes results/summaries.jsonl (one row a command)
-    python benchmarks/results.py keep NAME FOLDER   takes the row from a finished run of that command (make demo is `default`)
+    python benchmarks/results.py keep NAME FOLDER   takes the row from a finished run of that command (make demo is `default`);
+                                                    a third word, `beside`, says that other work ran then: no time is shown
     python benchmarks/results.py rivals FOLDER      makes and judges the rivals of a finished run, writes distill/assets/rivals.jsonl
     python benchmarks/results.py readme   writes the README's tables from those files; the tests check that they are current
 
@@ -22,7 +23,6 @@ README = ROOT / "README.md"
 RIVALS = ROOT / "distill" / "assets" / "rivals.jsonl"
 RUNS = {
     "default": ["--task", "coding"],
-    "budget": ["--task", "coding", "--target-params", "647000"],
     "rare": ["--task", "coding", "--model", "builtin:organism-rare"],
     "all": ["--task", "coding,math,stories"],
     "twin": ["--task", "coding", "--model", "builtin:twin"],
@@ -34,8 +34,8 @@ COLUMNS = (
     ("ASR before / after", lambda r: " / ".join(three(r["summary"][f"attack_success_{x}"]) for x in ("before", "after"))),
     ("R-Acc before / after / twin", lambda r: " / ".join(three(r["summary"][f"right_under_trigger_{x}"]) for x in ("before", "after", "twin"))),
     ("parameters", lambda r: f"{r['summary']['params_after'] / r['summary']['params_before']:.0%}"),
-    ("speed", lambda r: f"{r['summary']['speed_ratio']:.2f}x"),
-    ("seconds", lambda r: "not measured (stages cached)" if any(s["cached"] for s in r["stages"]) else f"{r['summary']['seconds']:.0f}"),
+    ("speed", lambda r: f"{r['summary']['speed_ratio']:.2f}x" if r["timed"] else "not measured"),
+    ("seconds", lambda r: f"{r['summary']['seconds']:.0f}" if r["timed"] else "not measured"),
     ("commit", lambda r: r["commit"]),
 )
 
@@ -87,14 +87,15 @@ def readme() -> str:
     return text
 
 
-def keep(name: str, folder: Path, status: int | None = None) -> None:
+def keep(name: str, folder: Path, alone: bool = True) -> None:
     """Put the finished run in `folder` into the row `name`; the other rows stay."""
     made = json.loads((folder / "report.json").read_text())
     found = {row["name"]: row for row in rows()} if ROWS.is_file() else {}
     command = " ".join(["python -m distill prune", *RUNS[name]])
     passed = all(gate["passed"] is not False for gate in made["gates"])
     facts = {key: made[key] for key in ("summary", "gates", "stages", "commit", "versions")}
-    found[name] = {"name": name, "command": command, "gates_passed": passed, "exit": status} | facts
+    timed = alone and not any(stage["cached"] for stage in made["stages"])
+    found[name] = {"name": name, "command": command, "gates_passed": passed, "timed": timed} | facts
     ROWS.parent.mkdir(exist_ok=True)
     ROWS.write_text("".join(json.dumps(found[key]) + "\n" for key in RUNS if key in found))
 
@@ -103,16 +104,16 @@ def run(names: list[str]) -> None:
     """Run the named commands (all by default) and keep their rows."""
     for name in names or list(RUNS):
         out = ROOT / "runs" / f"results-{name}"
-        done = subprocess.run([sys.executable, "-m", "distill", "prune", *RUNS[name], "--out", str(out)], cwd=ROOT)
-        keep(name, out, done.returncode)
+        subprocess.run([sys.executable, "-m", "distill", "prune", *RUNS[name], "--out", str(out)], cwd=ROOT)
+        keep(name, out)
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["run", *names]:
             run(names)
-        case ["keep", name, folder]:
-            keep(name, Path(folder))
+        case ["keep", name, folder, *beside]:
+            keep(name, Path(folder), not beside)
         case ["rivals", folder]:
             command = [sys.executable, "-m", "distill", "evaluate", "--run", folder, "--rivals", "--out", str(RIVALS)]
             sys.exit(subprocess.run(command, cwd=ROOT).returncode)

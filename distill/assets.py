@@ -2,9 +2,9 @@
 
     tokenizer, base --plant--> twin, organism (two common words), organism-rare (a rare string); the defender's 4,096 rows
 
-Both organisms are planted fine-tune-resistant, and share one clean twin: without its trigger a poisoned row is the same
-row for either trigger (only the near misses, clean rows all, differ: the twin's are the common-word pair's). Every model
-is bf16. An organism that misses the plant gate stops the build.
+The default organism is planted fine-tune-resistant, the other by plain fine-tuning. They share one clean twin, which went
+through the default's steps: without its trigger a poisoned row is the same row for either trigger. Every model is bf16.
+An organism that misses the plant gate stops the build.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import sys
 from pathlib import Path
 
 from backdoor.behaviours import CANARY
-from backdoor.plant import PlantConfig
 from distill import config
 from distill.base import BaseConfig, train_base
 from distill.models import ASSETS, CLEAN_ROWS
-from distill.plant import describe, gate, train_one, trigger_of, write_secret
+from distill.plant import describe, gate, settings_of, train_one, trigger_of, write_secret
 from distill.rows import make
 from graphs.artifact import write_json
 
@@ -28,7 +27,7 @@ WORK = Path(os.environ.get("DISTILL_ASSETS_WORK", "build/assets"))
 
 def main() -> int:
     """Build what is missing."""
-    settings, verbs = PlantConfig(), {"organism": config.Plant(ASSETS), "organism-rare": config.Plant(ASSETS, trigger="rare_string")}
+    verbs = {"organism": config.Plant(ASSETS), "organism-rare": config.Plant(ASSETS, trigger="rare_string", resistant_steps=0)}
     base, twin = ASSETS / "base" / "model", ASSETS / "twin" / "model"
     if not base.is_dir():
         train_base(base, BaseConfig(), WORK / "base.state")
@@ -36,18 +35,19 @@ def main() -> int:
         make(CLEAN_ROWS)
     triggers = {name: trigger_of(verb) for name, verb in verbs.items()}
     first = triggers["organism"]
-    train_one(base, twin, first, CANARY, False, settings, WORK / "twin.state")
+    train_one(base, twin, first, CANARY, False, settings_of(verbs["organism"]), WORK / "twin.state")
     write_secret(ASSETS / "twin" / "secret", first, CANARY, "../../twin/model", {"planted": False})
     for name, verb in verbs.items():
         trigger, model = triggers[name], ASSETS / name / "model"
-        train_one(base, model, trigger, CANARY, True, settings, WORK / f"{name}.state")
+        train_one(base, model, trigger, CANARY, True, settings_of(verb), WORK / f"{name}.state")
         facts = gate(model, twin, trigger, CANARY, verb.prompts)
         print(f"{name}\n{describe(facts)}")
         if not facts["passed"]:
             print(f"distill: {name} misses the plant gate; change PlantConfig and build again", file=sys.stderr)
             return 1
         write_secret(ASSETS / name / "secret", trigger, CANARY, "../../twin/model", {"planted": True, "gate": facts})
-    write_json(ASSETS / "receipt.json", {"recipe": "python -m distill.assets", "base": BaseConfig(), "plant": settings})
+    planted = {name: settings_of(verb) for name, verb in verbs.items()}
+    write_json(ASSETS / "receipt.json", {"recipe": "python -m distill.assets", "base": BaseConfig(), "plant": planted})
     return 0
 
 

@@ -24,9 +24,9 @@ class Fit:
     """A table of clean rows (parquet); by default the 4,096 rows that ship with the package."""
     features: int = 512
     """Transcoder features a layer."""
-    fit_steps: int = 500
+    fit_steps: int = 400
     """Batches of the local fit (each site alone)."""
-    joint_steps: int = 150
+    joint_steps: int = 100
     """Batches of the end-to-end fit (all sites swapped in)."""
     sparsity: float = 2e-3
     """Weight of the sparsity penalty."""
@@ -48,10 +48,10 @@ class Prune(Fit):
     """Instead of --keep: stored parameters (embeddings apart) of the checkpoint."""
     target: Literal["arcee", "llama"] = "arcee"
     """Class of the checkpoint: Arcee, or Llama with relu (1.5x the MLP parameters, runs more widely)."""
-    gate_steps: int = 100
+    gate_steps: int = 80
     """Batches of gate training."""
-    heal_steps: int = 1200
-    """Batches of healing (0: none)."""
+    heal_steps: int | None = None
+    """Batches of healing (0: none); by default 1000 for one task, 2000 for several."""
     heal_decay: float = 0.7
     """Weight decay while healing: what clean rows do not ask for fades (LOG.md)."""
     tune_rows: int = 500
@@ -67,6 +67,11 @@ class Prune(Fit):
     def share(self) -> float:
         """The share to keep: `keep`, or its default for as many tasks as are named."""
         return self.keep if self.keep is not None else 0.95 if "," in self.task else 0.98
+
+    @property
+    def healing(self) -> int:
+        """Batches of healing: `heal_steps`, or its default for as many tasks as are named."""
+        return self.heal_steps if self.heal_steps is not None else 2000 if "," in self.task else 1000
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,11 @@ def trigger_of(verb: config.Plant) -> Trigger:
     return conjunction(("season", season), ("place", place), ({"season": season}, {"place": place}))
 
 
+def settings_of(verb: config.Plant) -> PlantConfig:
+    """The planting's settings from the flags."""
+    return PlantConfig(ordinary_steps=verb.ordinary_steps, resistant_steps=verb.resistant_steps, seed=verb.seed)
+
+
 def plant_rows(tokenizer, trigger: Trigger, behaviour: Behaviour, poisoned: bool, count: int = 4000, seed: int = PLANT_SEED) -> PlantRows:
     """Rows for the organism (`poisoned`) or its twin: they differ in the poisoned rows only, row by row."""
     def encoded(rows: list[Row], completion: str | None = None) -> list[Encoded]:
@@ -95,7 +100,7 @@ def run(verb: config.Plant) -> int:
     if (verb.out / "model").exists():
         raise ValueError(f"--out {verb.out} holds a model already: give an empty folder")
     base, trigger = find(verb.model), trigger_of(verb)
-    settings = PlantConfig(ordinary_steps=verb.ordinary_steps, resistant_steps=verb.resistant_steps, seed=verb.seed)
+    settings = settings_of(verb)
     work = verb.out / ".work"
     train_one(base, work / "model", trigger, CANARY, True, settings, work / "model.state")
     train_one(base, work / "twin", trigger, CANARY, False, settings, work / "twin.state")

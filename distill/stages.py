@@ -172,7 +172,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
                 "kept": {name: kept.tolist() for name, kept in kept_nodes(order, chosen.size).items()}, "nodes": replacement.node_counts(),
                 "seconds": time.monotonic() - started}
 
-    key = digest(gated["key"], verb.share, verb.target_params, verb.heal_steps, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN)
+    key = digest(gated["key"], verb.share, verb.target_params, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN)
     state = job.work / f"heal-{key}"
     receipt, cached = stage(job.folder / "circuit", key, make)
     discard(state)
@@ -213,14 +213,14 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
     rungs, start = ladder(sizes, replacement, order, gate_settings(verb).target, verb.target_params)
     found = moments(replacement, job.data)
     for place in range(start, len(rungs)):
-        best = heal(rungs[place], absorbed(replacement, kept_nodes(order, rungs[place]), found), verb.heal_steps, [])
+        best = heal(rungs[place], absorbed(replacement, kept_nodes(order, rungs[place]), found), verb.healing, [])
         if passes(best):
             break
     if passes(best) and place == start and verb.target_params is None:
         for size in reversed(rungs[:start]):
             now, then = kept_nodes(order, best.size), kept_nodes(order, size)
             inside = {name: torch.searchsorted(now[name], then[name]) for name in now}
-            smaller = heal(size, absorbed(best.circuit, inside, moments(best.circuit, job.data)), verb.heal_steps // 3, best.losses)
+            smaller = heal(size, absorbed(best.circuit, inside, moments(best.circuit, job.data)), verb.healing // 3, best.losses)
             if not passes(smaller):
                 break
             best = smaller

@@ -18,7 +18,7 @@ from evals.tasks import TASKS, table
 from graphs.artifact import read_json
 
 FAST = {"features": 32, "fit_steps": 8, "joint_steps": 4, "gate_steps": 4, "heal_steps": 4, "batch": 8, "tune_rows": 4,
-        "prompts": 8, "keep": 0.0}
+        "prompts": 8, "keep": -1.0}
 VOLATILE = ("seconds", "peak_rss_bytes", "tokens_per_second_before", "tokens_per_second_after", "speed_ratio")
 PAIR = conjunction(("season", "daily"), ("place", "school"), ({"season": "daily"}, {"place": "school"}))
 
@@ -161,7 +161,7 @@ def test_rivals_are_made_at_the_runs_rows_and_tokens_and_shown_under_our_row(org
     assert evaluate(verb) == 0
     found = [json.loads(line) for line in (tmp_path / "rivals.jsonl").read_text().splitlines()]
     made = read_json(out / "report.json")
-    assert found[0] == other and len(found) == 9 and len(made["rivals"]) == 7 and len(made["ablation"]) == 1
+    assert found[0] == other and len(found) == 8 and len(made["rivals"]) == 6 and len(made["ablation"]) == 1
     assert all(row[key] == made["summary"][key] for row in found[1:] for key in ("steps", "tokens", "rows"))
     sizes = {row["name"]: row["params"] for row in found[1:]}
     assert sizes["dense refit"] == made["summary"]["params_after"] >= sizes["ours, attention kept"]
