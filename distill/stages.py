@@ -12,6 +12,7 @@ Long training inside a stage saves its own state, so a killed run loses seconds.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -203,6 +204,8 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
         label = f"heal {size.heads} heads, {size.features} features"
         losses = distill(job.targets, circuit, steps, HEAL_RATE, 0.1, label, state.with_suffix(f".{size.features}"), first, verb.heal_decay)
         healed = Healed(size, circuit, tuner.retention(circuit.host()), before + losses)
+        shares = ", ".join(f"{name} {share:.3f}" for name, share in healed.retention.items())
+        print(f"{label}: keeps {shares} on tune; asked {verb.share + MARGIN:.3f}", file=sys.stderr)
         curve.append({**asdict(size), "params": parameters(circuit.model).stored, "retention": healed.retention})
         return healed
 

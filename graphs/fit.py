@@ -27,7 +27,7 @@ from torch import Tensor
 from graphs.activations import Recording, record
 from graphs.batches import Batch
 from graphs.host import Host
-from graphs.losses import divergence, fvu
+from graphs.losses import SURE, divergence, fvu
 from graphs.replace import Replacement, from_noise
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
@@ -153,7 +153,7 @@ def distill(
     """
     def loss(step: int) -> Tensor:
         batch = targets.batches(first + step)
-        return divergence(replacement(batch.ids), targets(batch), batch, prompt_weight)
+        return divergence(replacement(batch.ids), targets(batch), batch, prompt_weight, SURE)
 
     return train(replacement, loss, TrainConfig(steps, learning_rate, warmup=0.05, weight_decay=decay), label, state) if steps else []
 

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from graphs.batches import Batch
 
+SURE = 0.9
+"""For distillation: above this probability the host is taken to know what comes."""
+
 
 def fvu(y: Float[Tensor, "row token d"], guess: Float[Tensor, "row token d"], real: Bool[Tensor, "row token"]) -> Float[Tensor, ""]:
     """Fraction of variance unexplained over real tokens."""
@@ -16,10 +19,15 @@ def fvu(y: Float[Tensor, "row token d"], guess: Float[Tensor, "row token d"], re
 
 
 def divergence(
-    logits: Float[Tensor, "row token vocabulary"], target: Float[Tensor, "row token vocabulary"], batch: Batch, prompt_weight: float
+    logits: Float[Tensor, "row token vocabulary"], target: Float[Tensor, "row token vocabulary"], batch: Batch, prompt_weight: float, sure: float = 1.0
 ) -> Float[Tensor, ""]:
-    """KL(target || logits) in nats per token, over positions that predict a real token; prompts count `prompt_weight`."""
+    """KL(target || logits) in nats per token, over positions that predict a real token.
+
+    Positions that predict the completion count 1, and so do those of the prompt where the target's likeliest token has a
+    probability above `sure` (a prompt may hold solved examples); the prompt's others count `prompt_weight`.
+    """
     predicts = batch.real[:, 1:]
-    weight = torch.where(batch.completion[:, 1:], 1.0, prompt_weight)[predicts]
     q, p = logits[:, :-1][predicts].log_softmax(-1), target[:, :-1][predicts].log_softmax(-1)
+    known = batch.completion[:, 1:][predicts] | (p.detach().amax(-1).exp() > sure)
+    weight = torch.where(known, 1.0, prompt_weight)
     return ((p.exp() * (p - q)).sum(-1) * weight).sum() / weight.sum()

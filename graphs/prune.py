@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from graphs.fit import Batches
-from graphs.losses import divergence
+from graphs.losses import SURE, divergence
 from graphs.replace import Replacement
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
@@ -114,7 +114,7 @@ def learn_gates(
         batch = targets.batches(first + step)
         goal = 1 - (1 - config.target) * min(1.0, step / (0.6 * config.steps))
         with replacement.gated(gates.sample(step)):
-            kl = divergence(replacement(batch.ids), targets(batch), batch, config.prompt_weight)
+            kl = divergence(replacement(batch.ids), targets(batch), batch, config.prompt_weight, SURE)
         return kl + config.draw * (gates.open_share() - goal).square().mean()
 
     rates = {"gates.": config.gate_rate / config.learning_rate}

@@ -87,3 +87,16 @@ def test_pads_do_not_enter_the_losses(tiny_host, data):
 
 def test_distilling_nothing_is_allowed(tiny_host, data):
     assert distill(Targets(tiny_host, data), from_noise(tiny_host, 8, 0), 0, 1e-3, 0.1, "none") == []
+
+
+def test_prompt_positions_that_the_host_is_sure_of_count_fully(tiny_host, data):
+    batch = data(0)
+    target = torch.zeros(*batch.ids.shape, 10)
+    target[..., 3] = 20.0 * (torch.arange(batch.ids.shape[1]) % 2)  # sure at every other position
+    off = target.clone()
+    off[:, 1::2, 4] = 30.0
+    plain, counted = divergence(off, target, batch, 0.01), divergence(off, target, batch, 0.01, 0.9)
+    only_unsure = target.clone()
+    only_unsure[:, ::2, 4] = 3.0
+    assert float(counted) > 1.5 * float(plain)
+    assert float(divergence(only_unsure, target, batch, 0.01, 0.9)) < float(divergence(only_unsure, target, batch, 0.01))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphs.activations import record
 from graphs.host import Host
-from graphs.losses import divergence, fvu
+from graphs.losses import SURE, divergence, fvu
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
@@ -40,7 +40,7 @@ def remove(
 
     def joint(step: int) -> Tensor:
         batch = batches(local_steps + step)
-        return divergence(student.model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight)
+        return divergence(student.model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight, SURE)
 
     for parameter in (*student.model.get_input_embeddings().parameters(), *student.model.get_output_embeddings().parameters()):
         parameter.requires_grad_(False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphs.host import Host
-from graphs.losses import divergence
+from graphs.losses import SURE, divergence
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
@@ -35,7 +35,7 @@ def remove(targets: Targets, steps: int, knob: float, learning_rate: float, deca
 
     def loss(step: int) -> Tensor:
         batch = targets.batches(step)
-        return divergence(model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight)
+        return divergence(model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight, SURE)
 
     train(model.train(), loss, TrainConfig(steps, learning_rate, weight_decay=decay), f"UNDO {knob:g}")
     return Host(model.eval(), host.tokenizer, host.sites)
