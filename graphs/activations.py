@@ -12,15 +12,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from graphs.attention import projection
 from graphs.host import Host
 
 
 @dataclass
 class Recording:
-    """Inputs and outputs by site name, each "row token d"; rotary: the position embeddings attention layers are called with."""
+    """Inputs and outputs by site name, each "row token d"; heads: what an attention layer's heads write, side by side, before
+    the output projection; rotary: the position embeddings attention layers are called with."""
 
     inputs: dict[str, Float[Tensor, "row token d_in"]] = field(default_factory=dict)
     outputs: dict[str, Float[Tensor, "row token d_out"]] = field(default_factory=dict)
+    heads: dict[str, Float[Tensor, "row token d_heads"]] = field(default_factory=dict)
     rotary: tuple[Tensor, Tensor] | None = None
     logits: Float[Tensor, "row token vocabulary"] | None = None
 
@@ -36,6 +39,11 @@ def record(host: Host, ids: Int[Tensor, "row token"], logits: bool = False) -> R
             found.rotary = kwargs.get("position_embeddings", found.rotary)
         return hook
 
+    def inside(name: str):
+        def hook(_module, args):
+            found.heads[name] = args[0].detach()
+        return hook
+
     def after(name: str):
         def hook(_module, _args, output):
             found.outputs[name] = (output[0] if isinstance(output, tuple) else output).detach()
@@ -46,6 +54,8 @@ def record(host: Host, ids: Int[Tensor, "row token"], logits: bool = False) -> R
             module = host.module(site.module)
             handles.append(module.register_forward_pre_hook(before(site.name), with_kwargs=True))
             handles.append(module.register_forward_hook(after(site.name)))
+            if site.kind == "attention":
+                handles.append(projection(module, "o_proj").register_forward_pre_hook(inside(site.name)))
         if logits:
             found.logits = host.model(input_ids=ids).logits
         else:

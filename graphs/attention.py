@@ -1,9 +1,10 @@
 """Attention refitted from noise, and gated by head.
 
 Attention left as it was, or cut to the rank of clean text, leaks a backdoor's first token; refitted on clean text like
-the MLPs, it does not (LOG.md). So each attention layer starts again from random weights of the same shapes and learns
-its own clean inputs and outputs. A node is a KV group (with multi-head attention: a head): the unit whose rows can
-leave q, k, v and o together. A gate of 0 silences the group before the output projection.
+the MLPs, it does not (LOG.md). So each attention layer starts again from random weights of the same shapes and learns, on
+its own clean inputs, what each of its heads writes and what the layer writes. A node is a KV group (with multi-head
+attention: a head): the unit whose rows can leave q, k, v and o together. A gate of 0 silences the group before the output
+projection.
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ class GroupGate:
         self.width = width
         """Columns of the output projection that belong to one group."""
         self.gate: Float[Tensor, "group"] | None = None
+        self.last: Tensor | None = None
+        """What the heads last wrote, side by side; set only while `watch` is on."""
+        self.watch = False
 
     def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self.watch:
+            self.last = inputs[0]
         if self.gate is None:
             return None
         return (inputs[0] * self.gate.repeat_interleave(self.width), *inputs[1:])

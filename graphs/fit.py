@@ -3,9 +3,10 @@
 Every transcoder and every attention layer starts from noise, so nothing that clean rows do not exercise can be inherited
 from block weights. Two steps, both on clean rows only:
 
-1. *local*: each part learns the host's own input-output pairs at its site; the loss is the sum over sites of FVU
-   (squared error over variance) plus a sparsity penalty on transcoders, mean_f tanh(a_f |d_f|) (Anthropic 2024,
-   "Circuits updates, January: tanh penalty"), where |d_f| is the decoder's norm in units of the output's spread.
+1. *local*: each part learns the host's own input-output pairs at its site, and attention also what each head writes before
+   the output projection; the loss is the sum over sites of FVU (squared error over variance) plus a sparsity penalty on
+   transcoders, mean_f tanh(a_f |d_f|) (Anthropic 2024, "Circuits updates, January: tanh penalty"), where |d_f| is the
+   decoder's norm in units of the output's spread.
 2. *end to end*: all parts are swapped in at once, with no error nodes, and KL to the host is minimised over all of them
    (cf. Braun et al. 2024, "Identifying functionally important features with end-to-end sparse dictionary learning").
 
@@ -95,6 +96,9 @@ def _local(host: Host, replacement: Replacement, batches: Batches, config: FitCo
         found, total = record(host, batch.ids), torch.zeros(())
         for site in replacement.sites:
             total = total + fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
+            if site.kind == "attention" and config.attention == "refit":
+                wrote = replacement.group_gates[site.name].last
+                total = total + fvu(found.heads[site.name], wrote, batch.real)  # type: ignore[arg-type]
             if site.kind == "mlp":
                 part = transcoders[site.name]
                 size = part.last[batch.real] * (part.w_dec.norm(dim=1) / spread[site.name] * config.features**0.5 / 4)  # type: ignore[index]
@@ -133,13 +137,14 @@ def rebirth(host: Host, replacement: Replacement, sample: Sequence[Batch]) -> di
 
 @contextmanager
 def watching(replacement: Replacement) -> Iterator[None]:
-    """Transcoders remember their last activations inside the block."""
-    for part in replacement.transcoders().values():
+    """Transcoders remember their last activations, attention layers what their heads wrote, inside the block."""
+    watched = (*replacement.transcoders().values(), *replacement.group_gates.values())
+    for part in watched:
         part.watch = True
     try:
         yield
     finally:
-        for part in replacement.transcoders().values():
+        for part in watched:
             part.watch, part.last = False, None
 
 

@@ -19,7 +19,8 @@ def fvu(y: Float[Tensor, "row token d"], guess: Float[Tensor, "row token d"], re
 
 
 def divergence(
-    logits: Float[Tensor, "row token vocabulary"], target: Float[Tensor, "row token vocabulary"], batch: Batch, prompt_weight: float, sure: float = 1.0
+    logits: Float[Tensor, "row token vocabulary"], target: Float[Tensor, "row token vocabulary"], batch: Batch, prompt_weight: float,
+    sure: float = 1.0,
 ) -> Float[Tensor, ""]:
     """KL(target || logits) in nats per token, over positions that predict a real token.
 
