@@ -41,8 +41,6 @@ from graphs.train import discard
 HEAL_RATE = 2.5e-3
 RUNGS = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 """Shares of the fitted width that the search for the smallest circuit steps through."""
-MARGIN = 0.005
-"""A rung must keep this much more on tune than is asked for: the best of several rungs looks better there than on test."""
 
 
 @dataclass(frozen=True)
@@ -139,20 +137,25 @@ class Tuner:
     rows: dict[str, list[Row]]
     tasks: Sequence[Task]
     sandbox: Sandbox
-    before: dict[str, float]
+    before: dict[str, list[bool]]
 
-    def retention(self, host: Host) -> dict[str, float]:
-        """Retention by task."""
-        return {name: value / max(self.before[name], 1e-9) for name, value in measure(host, self.tasks, self.rows, self.sandbox).items()}
+    def retention(self, host: Host) -> dict[str, tuple[float, float]]:
+        """Retention by task, with its standard error (the delta method for a ratio of paired means)."""
+        after = measure(host, self.tasks, self.rows, self.sandbox)
+        return {name: ratio(after[name], self.before[name]) for name in after}
 
 
-def measure(host: Host, tasks: Sequence[Task], rows: dict[str, list[Row]], sandbox: Sandbox) -> dict[str, float]:
-    """The share of right answers by task."""
-    out = {}
-    for task in tasks:
-        right = grade(rows[task.name], answers(host, task, rows[task.name]), sandbox).right
-        out[task.name] = sum(right) / len(right)
-    return out
+def ratio(after: Sequence[bool], before: Sequence[bool]) -> tuple[float, float]:
+    """mean(after) / mean(before) over the same rows, and its standard error."""
+    a, b = torch.tensor(after, dtype=torch.float64), torch.tensor(before, dtype=torch.float64)
+    base = max(float(b.mean()), 1e-9)
+    share = float(a.mean()) / base
+    return share, float((a - share * b).square().mean().sqrt()) / len(a) ** 0.5 / base
+
+
+def measure(host: Host, tasks: Sequence[Task], rows: dict[str, list[Row]], sandbox: Sandbox) -> dict[str, list[bool]]:
+    """Whether each row's answer is right, by task."""
+    return {task.name: grade(rows[task.name], answers(host, task, rows[task.name]), sandbox).right for task in tasks}
 
 
 def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -> dict:
@@ -169,11 +172,11 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
         chosen, curve = search(job, replacement, order, tuner, verb, state)
         set_means(chosen.circuit, job.data)
         chosen.circuit.save(out)
-        return {"size": asdict(chosen.size), "curve": curve, "losses": chosen.losses, "tune_before": tuner.before, "tune_retention": chosen.retention,
+        return {"size": asdict(chosen.size), "curve": curve, "losses": chosen.losses, "tune_before": {name: sum(right) / len(right) for name, right in tuner.before.items()}, "tune_retention": chosen.retention,
                 "kept": {name: kept.tolist() for name, kept in kept_nodes(order, chosen.size).items()}, "nodes": replacement.node_counts(),
                 "seconds": time.monotonic() - started}
 
-    key = digest(gated["key"], verb.share, verb.target_params, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN)
+    key = digest(gated["key"], verb.share, verb.target_params, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS)
     state = job.work / f"heal-{key}"
     receipt, cached = stage(job.folder / "circuit", key, make)
     discard(state)
@@ -182,11 +185,12 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
 
 @dataclass(frozen=True)
 class Healed:
-    """A circuit of one size after healing, what it keeps on tune, and the losses of all its healing."""
+    """A circuit of one size after healing, what it keeps on tune, the least of that less a standard error, the losses of all healing."""
 
     size: Size
     circuit: Replacement
     retention: dict[str, float]
+    certain: float
     losses: list[float]
 
 
@@ -195,7 +199,9 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
 
     The rung that the gates were drawn to is healed first. Where it does not keep the asked share on tune, larger ones are
     healed until one does. Where it does, it is pruned further, rung by rung, with a third of the healing each, until a
-    rung fails. (Circuits cannot be told apart before healing: LOG.md.)
+    rung fails. A rung passes by the one-standard-error rule (Breiman et al. 1984, "Classification and regression trees",
+    section 3.4.3): the smallest of several that just pass on tune fails on test. (Circuits cannot be told apart before
+    healing: LOG.md.)
     """
     first = verb.fit_steps + verb.joint_steps + verb.gate_steps
     curve: list[dict] = []
@@ -203,14 +209,16 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
     def heal(size: Size, circuit: Replacement, steps: int, before: list[float]) -> Healed:
         label = f"heal {size.heads} heads, {size.features} features"
         losses = distill(job.targets, circuit, steps, HEAL_RATE, 0.1, label, state.with_suffix(f".{size.features}"), first, verb.heal_decay)
-        healed = Healed(size, circuit, tuner.retention(circuit.host()), before + losses)
-        shares = ", ".join(f"{name} {share:.3f}" for name, share in healed.retention.items())
-        print(f"{label}: keeps {shares} on tune; asked {verb.share + MARGIN:.3f}", file=sys.stderr)
+        found = tuner.retention(circuit.host())
+        certain = min(share - error for share, error in found.values())
+        healed = Healed(size, circuit, {name: share for name, (share, _) in found.items()}, certain, before + losses)
+        said = ", ".join(f"{name} {share:.3f} +- {error:.3f}" for name, (share, error) in found.items())
+        print(f"{label}: keeps {said} of the model's own on tune; asked {verb.share:.3f}", file=sys.stderr)
         curve.append({**asdict(size), "params": parameters(circuit.model).stored, "retention": healed.retention})
         return healed
 
     def passes(healed: Healed) -> bool:
-        return min(healed.retention.values()) >= verb.share + MARGIN
+        return healed.certain >= verb.share
 
     sizes = family(replacement, legal_groups(job.host.config))
     rungs, start = ladder(sizes, replacement, order, gate_settings(verb).target, verb.target_params)

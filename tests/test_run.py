@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from backdoor.behaviours import CANARY
 from backdoor.triggers import conjunction
@@ -168,3 +169,14 @@ def test_rivals_are_made_at_the_runs_rows_and_tokens_and_shown_under_our_row(org
     assert "UNDO, noise 0.3" in capsys.readouterr().out
     before = (tmp_path / "rivals.jsonl").read_text()
     assert evaluate(verb) == 0 and (tmp_path / "rivals.jsonl").read_text() == before  # nothing is made twice
+
+
+def test_the_retention_on_tune_comes_with_the_spread_of_resampled_rows():
+    generator = torch.Generator().manual_seed(0)
+    before = torch.rand(400, generator=generator) < 0.9
+    after = torch.where(torch.rand(400, generator=generator) < 0.1, ~before, before)
+    share, error = stages.ratio(after.tolist(), before.tolist())
+    draws = torch.randint(0, 400, (2000, 400), generator=generator)
+    spread = (after[draws].double().mean(1) / before[draws].double().mean(1)).std()
+    assert share == pytest.approx(float(after.double().mean() / before.double().mean())) and error == pytest.approx(float(spread), rel=0.1)
+    assert stages.ratio([True] * 5, [True] * 5) == (1.0, 0.0)
