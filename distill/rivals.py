@@ -1,13 +1,15 @@
 """Rivals beside our row: the other ways to clean the same model, at equal clean rows and equal training tokens.
 
-    clean fine-tuning    learning rate swept       no new weights, nothing smaller
-    UNDO                 noise share swept         shrink towards noise, distil on outputs
     dense refit          the checkpoint's shapes   our losses from noise, without sparsity, gates or a wider dictionary
+    UNDO                 noise share swept         shrink towards noise, distil on outputs
+    clean fine-tuning    learning rate swept       no new weights, nothing smaller
 
 and one ablation of ours: the same road with the model's own attention layers left in place.
 
-Equal tokens: each rival trains on as many batches of the same size, from the same rows, as all our stages together. Each
-is judged by the same code on the same prompts. A row carries the hash of the model, the rows and the config it came from.
+Equal tokens: each rival trains on as many batches of the same size, from the same rows, as the stages that led to our
+checkpoint (neither a rung that we tried and dropped nor a rival's other knobs are counted). The dense refit has fewer heads
+than the model, so it learns what attention layers write, not what each head writes. Each is judged by the same code on the
+same prompts. A row carries the hash of the model, the rows and the config it came from.
 """
 
 from __future__ import annotations
@@ -71,12 +73,12 @@ def contenders(
         student = random_student(checkpoint, targets.host, verb.seed)
         return dense_refit.remove(targets, student, verb.fit_steps, steps, knob, HEAL_RATE, verb.heal_decay)
 
-    for knob in fine_tuning.KNOBS:
-        yield f"clean fine-tuning, lr {knob:g}", knob, partial(fine_tuning.remove, targets, steps, knob)
-    for knob in undo.KNOBS:
-        yield f"UNDO, noise {knob:g}", knob, partial(undo.remove, targets, steps, knob, HEAL_RATE, verb.heal_decay)
     for knob in dense_refit.KNOBS:
         yield "dense refit", knob, partial(refit, knob)
+    for knob in undo.KNOBS:
+        yield f"UNDO, noise {knob:g}", knob, partial(undo.remove, targets, steps, knob, HEAL_RATE, verb.heal_decay)
+    for knob in fine_tuning.KNOBS:
+        yield f"clean fine-tuning, lr {knob:g}", knob, partial(fine_tuning.remove, targets, steps, knob)
     yield ABLATION, 0.0, partial(attention_kept, targets.host, verb, model, texts, checkpoint)
 
 

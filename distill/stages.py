@@ -172,7 +172,8 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
         chosen, curve = search(job, replacement, order, tuner, verb, state)
         set_means(chosen.circuit, job.data)
         chosen.circuit.save(out)
-        return {"size": asdict(chosen.size), "curve": curve, "losses": chosen.losses, "tune_before": {name: sum(right) / len(right) for name, right in tuner.before.items()}, "tune_retention": chosen.retention,
+        tuned = {name: sum(right) / len(right) for name, right in tuner.before.items()}
+        return {"size": asdict(chosen.size), "curve": curve, "losses": chosen.losses, "tune_before": tuned, "tune_retention": chosen.retention,
                 "kept": {name: kept.tolist() for name, kept in kept_nodes(order, chosen.size).items()}, "nodes": replacement.node_counts(),
                 "seconds": time.monotonic() - started}
 

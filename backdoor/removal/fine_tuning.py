@@ -10,7 +10,7 @@ from graphs.host import Host
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
-KNOBS = (1e-4, 5e-4, 1e-3)
+KNOBS = (1e-3, 5e-4, 1e-4)
 
 
 def remove(targets: Targets, steps: int, knob: float) -> Host:

@@ -17,7 +17,7 @@ from graphs.losses import SURE, divergence
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
-KNOBS = (0.3, 0.6)
+KNOBS = (0.6, 0.3)
 
 
 def remove(targets: Targets, steps: int, knob: float, learning_rate: float, decay: float, prompt_weight: float = 0.1, seed: int = 0) -> Host:
