@@ -8,6 +8,8 @@ many rows) nothing is kept and the host runs anew for each batch.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,19 +27,21 @@ class Targets:
 
     def __init__(self, host: Host, batches: Epochs, budget: int = BUDGET) -> None:
         self.host, self.batches = host, batches
-        tokens = sum(len(row.ids) for row in batches.rows)
-        self.kept = 2 * tokens * host.config.vocab_size <= budget
-        self._rows: list[Tensor] = []
+        self._starts = list(accumulate((len(row.ids) for row in batches.rows), initial=0))
+        self.kept = 2 * self._starts[-1] * host.config.vocab_size <= budget
+        self._logits: Tensor | None = None
+        """Every row's logits, end to end: one block, because thousands of small ones would keep the heap from shrinking."""
 
     def __call__(self, batch: Batch) -> Float[Tensor, "row token vocabulary"]:
         """Logits at every token of the batch; at pads, where nothing reads them, zeros."""
         if not self.kept:
             return self._run(batch)
-        if not self._rows:
-            self._rows = self._all()
+        if self._logits is None:
+            self._logits = self._all()
         out = torch.zeros(*batch.ids.shape, self.host.config.vocab_size)
         for place, row in enumerate(batch.rows):
-            out[place, : len(self._rows[row])] = self._rows[row]
+            start, end = self._starts[row : row + 2]
+            out[place, : end - start] = self._logits[start:end]
         return out
 
     @torch.no_grad()
@@ -45,13 +49,14 @@ class Targets:
         with torch.autocast(batch.ids.device.type, enabled=False):
             return self.host.model(input_ids=batch.ids).logits
 
-    def _all(self) -> list[Tensor]:
+    def _all(self) -> Tensor:
         rows = self.batches.rows
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-        out: list[Tensor] = [torch.empty(0)] * len(rows)
+        out = torch.empty(self._starts[-1], self.host.config.vocab_size, dtype=torch.float16)
         for start in range(0, len(order), CHUNK):
             chosen = order[start : start + CHUNK]
-            logits = self._run(collate([rows[index] for index in chosen], self.batches.pad)).half()
+            logits = self._run(collate([rows[index] for index in chosen], self.batches.pad))
             for place, index in enumerate(chosen):
-                out[index] = logits[place, : len(rows[index].ids)].clone()
+                start, end = self._starts[index : index + 2]
+                out[start:end] = logits[place, : end - start]
         return out

@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 SAVE_EVERY = 50
 """Steps between saves of a run that asked for a state file."""
+RELEASE_EVERY = 25
+"""Steps between two releases of memory: without them 400 steps grow to three times the memory of one."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,14 @@ def keep_memory() -> None:
         mallopt(option, size)
 
 
+def release_memory() -> None:
+    """Hand what `keep_memory` has kept and nobody uses back to the kernel; batches of many shapes scatter it ever wider."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
 def train(
     module: nn.Module,
     loss: Callable[[int], Tensor],
@@ -109,6 +119,8 @@ def train(
             after(step)
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {losses[-1]:.4f}")
+        if (step + 1) % RELEASE_EVERY == 0 or step + 1 == config.steps:
+            release_memory()
         if state and ((step + 1) % (save_every or SAVE_EVERY) == 0 or step + 1 == config.steps):
             _save(state, parameters, optimizer, step + 1, losses)
     return losses
