@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         return _refuse(f"no such verb {verb!r}: choose from {', '.join(VERBS)}")
     try:
         chosen = _parse(verb, arguments)
+        config.check(chosen)
         return importlib.import_module(VERBS[verb][1]).run(chosen)
     except ValueError as error:
         return _refuse(str(error))

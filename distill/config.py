@@ -124,6 +124,21 @@ class Plant:
     """Seed of everything random."""
 
 
+LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "joint_steps": 0, "gate_steps": 0, "heal_steps": 0,
+         "ordinary_steps": 0, "resistant_steps": 0}
+"""Smallest value of each numeric field that has one."""
+
+
+def check(verb: Any) -> None:
+    """Raise ValueError, naming the flag, where a number is too small or two flags exclude each other."""
+    for name, least in LEAST.items():
+        value = getattr(verb, name, None)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+    if getattr(verb, "keep", None) is not None and getattr(verb, "target_params", None) is not None:
+        raise ValueError("--keep and --target-params exclude each other: give the share to keep or the size, not both")
+
+
 def from_mapping(verb: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     """Checked keyword arguments of `verb` from a config file. Raises ValueError on an unknown key."""
     known = {field.name for field in fields(verb)}

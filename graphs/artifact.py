@@ -106,7 +106,10 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for one process. Raises ValueError where another one is running in it."""
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # what /proc and its like say
+        raise ValueError(f"--out {folder}: no folder can be made there; give another --out") from None
     with (folder / ".lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

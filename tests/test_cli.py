@@ -91,6 +91,15 @@ def test_models_that_cannot_enter_are_refused_before_anything_is_written(capsys,
 def test_an_output_that_cannot_be_written_is_refused(capsys, model, tmp_path):
     (tmp_path / "file").write_text("")
     assert "give --out a folder" in refused(capsys, "prune", "--model", model, "--out", tmp_path / "file" / "run")
+    assert "no folder can be made there" in refused(capsys, "prune", "--model", model, "--out", "/proc/nowhere/run")
+
+
+def test_numbers_that_are_too_small_and_flags_that_exclude_each_other_are_refused(capsys, tmp_path):
+    out = tmp_path / "run"
+    assert "--batch 0: give at least 1" in refused(capsys, "prune", "--batch", 0, "--out", out)
+    assert "--prompts -1: give at least 1" in refused(capsys, "evaluate", "--prompts", -1, "--model", "builtin:base")
+    assert "--keep and --target-params exclude each other" in refused(capsys, "prune", "--keep", 0.9, "--target-params", 5000, "--out", out)
+    assert not out.exists()
 
 
 def test_a_full_disk_is_one_sentence(capsys, model, tmp_path, monkeypatch):
