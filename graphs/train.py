@@ -22,7 +22,7 @@ from tqdm import tqdm
 SAVE_EVERY = 50
 """Steps between saves of a run that asked for a state file."""
 RELEASE_EVERY = 25
-"""Steps between two releases of memory: without them 400 steps grow to three times the memory of one."""
+"""Steps between two releases of memory: without them it grows from step to step (LOG.md)."""
 
 
 @dataclass(frozen=True)
