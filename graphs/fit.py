@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from graphs.activations import Recording, record
+from graphs.attention import GroupGate
 from graphs.batches import Batch
 from graphs.host import Host
 from graphs.losses import SURE, divergence, fvu
@@ -138,7 +139,7 @@ def rebirth(host: Host, replacement: Replacement, sample: Sequence[Batch]) -> di
 @contextmanager
 def watching(replacement: Replacement) -> Iterator[None]:
     """Transcoders remember their last activations, attention layers what their heads wrote, inside the block."""
-    watched = (*replacement.transcoders().values(), *replacement.group_gates.values())
+    watched: list[Transcoder | GroupGate] = [*replacement.transcoders().values(), *replacement.group_gates.values()]
     for part in watched:
         part.watch = True
     try:
