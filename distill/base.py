@@ -15,9 +15,10 @@ import torch
 
 from evals.tasks import TASKS
 from evals.tasks.task import source
+from graphs.architectures import sites
 from graphs.artifact import whole, write_json
 from graphs.batches import Encoded, Stream, collate, encode, packed
-from graphs.host import Host, save, sites
+from graphs.host import Host, save
 from graphs.train import TrainConfig, discard, train
 
 MIXTURE = {"coding": 0.46, "math": 0.40, "stories": 0.14}

@@ -24,9 +24,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from graphs.architectures import sites
 from graphs.attention import groups, projection
 from graphs.batches import Batch
-from graphs.host import Host, sites
+from graphs.host import Host
 from graphs.replace import Replacement
 
 Target = Literal["arcee", "llama"]

@@ -31,8 +31,9 @@ from distill.stages import HEAL_RATE, prepare, road
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
 from evals.size import parameters
 from evals.tasks import TASKS, named
+from graphs.architectures import sites
 from graphs.artifact import digest, write_text
-from graphs.host import Host, load, save, sites
+from graphs.host import Host, load, save
 from graphs.targets import Targets
 
 ABLATION = "ours, attention kept"

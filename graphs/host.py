@@ -1,11 +1,7 @@
 """The host: a causal language model in a Hugging Face folder, and the sites a graph reads and writes in it.
 
-This is the only file that knows Hugging Face module names. A model is loaded without custom code and from safetensors
-only; a pickle is refused before any library sees it, a truncated file in one sentence.
-
-A `Site` names one sublayer: the normalised residual stream goes in, its output is added to the stream. Depth comes from
-`reads_at` and `writes_at`, never from a layer index (in a parallel block attention and MLP of one layer do not feed
-each other).
+A model is loaded without custom code and from safetensors only; a pickle is refused before any library sees it, a
+truncated file in one sentence.
 """
 
 from __future__ import annotations
@@ -14,7 +10,7 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from graphs.architectures import Site, sites
 from graphs.artifact import read_json
 
 SUPPORTED = ("LlamaForCausalLM", "ArceeForCausalLM")
@@ -45,21 +42,6 @@ AttentionInterface.register(ATTENTION, float32_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-@dataclass(frozen=True)
-class Site:
-    """One sublayer of the host. name: "L2.mlp" or "L2.attention"; module: its path; depths count sublayers."""
-
-    name: str
-    layer: int
-    kind: Literal["attention", "mlp"]
-    module: str
-    norm: str
-    d_in: int
-    d_out: int
-    reads_at: int
-    writes_at: int
-
-
 @dataclass
 class Host:
     """A model with its tokenizer and sites. Weights are float32 unless the caller asked otherwise."""
@@ -69,7 +51,8 @@ class Host:
     sites: tuple[Site, ...]
 
     def __post_init__(self) -> None:
-        self.model.set_attn_implementation(ATTENTION)
+        if self.model.config._attn_implementation == "sdpa":  # others (soft caps, GPT-Neo) have only their own
+            self.model.set_attn_implementation(ATTENTION)
 
     @property
     def config(self) -> Any:
@@ -79,17 +62,6 @@ class Host:
     def module(self, path: str) -> nn.Module:
         """The submodule at `path`."""
         return self.model.get_submodule(path)
-
-
-def sites(model: PreTrainedModel) -> tuple[Site, ...]:
-    """The sublayers of a Llama-shaped model, in order of depth."""
-    width = model.config.hidden_size
-    found: list[Site] = []
-    for layer in range(model.config.num_hidden_layers):
-        for kind, module, norm in (("attention", "self_attn", "input_layernorm"), ("mlp", "mlp", "post_attention_layernorm")):
-            depth, base = len(found), f"model.layers.{layer}"
-            found.append(Site(f"L{layer}.{kind}", layer, kind, f"{base}.{module}", f"{base}.{norm}", width, width, depth, depth + 1))  # type: ignore[arg-type]
-    return tuple(found)
 
 
 def check_folder(folder: Path) -> dict:

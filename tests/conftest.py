@@ -12,7 +12,8 @@ SHAPED = ["graphs", "backdoor", "evals.generate", "evals.capability", "evals.fid
 jaxtyping.install_import_hook(SHAPED, "beartype.beartype")  # checks every annotation of the files that handle tensors
 
 from distill.base import build_tokenizer, new_model  # noqa: E402
-from graphs.host import Host, load, save, sites  # noqa: E402
+from graphs.architectures import sites  # noqa: E402
+from graphs.host import Host, load, save  # noqa: E402
 
 SHAPE = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 2, "intermediate_size": 96}
 

@@ -6,7 +6,8 @@ import torch
 from distill.base import new_model
 from evals.fidelity import compare
 from evals.tasks import TASKS
-from graphs.host import Host, load, sites
+from graphs.architectures import sites
+from graphs.host import Host, load
 
 ROWS = TASKS["coding"].rows("test", 5, 2) + TASKS["math"].rows("test", 3, 2)
 

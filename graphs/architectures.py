@@ -1,0 +1,229 @@
+"""Architectures: where a stock causal language model keeps what the graph must know, one table row a class.
+
+The only file that knows Hugging Face module names. A row says where the layers are, which norm each sublayer reads
+through, which module's output is added to the residual stream, where the value and output projections and the neurons'
+weights are, and whether attention and MLP of a layer read the same stream (a parallel block). Everything else in
+`graphs/` works on what this file hands out: `Site`s, and weights with the *feature axis first*.
+
+A normalisation is linear once its scale is frozen:
+
+    x = gain * (r - centre(r)) / scale + offset          RMSNorm: centre = 0, offset = 0; Gemma's gain is 1 + w
+
+so a read vector on `x` is a read vector on the residual stream `r` (`Norm.pulled`), up to the token's 1 / scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+LLAMA_VALUES, FUSED, INTERLEAVED = "v_proj", "c_attn", "query_key_value"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Module names of one class. Paths of norms, attention and MLP are relative to a layer; post: norms between a sublayer and
+    the stream (attention's, the MLP's); positions: the module of learned positions."""
+
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    positions: str | None = None
+    attention: str = "self_attn"
+    attention_norm: str = "input_layernorm"
+    values: str = LLAMA_VALUES
+    output: str = "o_proj"
+    mlp_norm: str = "post_attention_layernorm"
+    mlp: str = "mlp"
+    mlp_output: str = "mlp"
+    neurons: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    activation: str = "hidden_act"
+    post: tuple[str, str] | None = None
+    unit_gain: bool = False
+    parallel: bool | str = False
+    """Whether attention and MLP of a layer both read what entered the layer; a string names the config's switch."""
+
+
+_GEMMA = Architecture(mlp_norm="pre_feedforward_layernorm", mlp_output="post_feedforward_layernorm", activation="hidden_activation",
+                      post=("post_attention_layernorm", "post_feedforward_layernorm"), unit_gain=True)
+_GPT2 = Architecture("transformer.h", "transformer.ln_f", "transformer.wpe", "attn", "ln_1", FUSED, "c_proj", "ln_2",
+                     neurons=("mlp.c_fc", "mlp.c_proj"), activation="activation_function")
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": Architecture(),
+    "ArceeForCausalLM": Architecture(neurons=("mlp.up_proj", "mlp.down_proj")),
+    "MistralForCausalLM": Architecture(),
+    "Qwen2ForCausalLM": Architecture(),
+    "Qwen3ForCausalLM": Architecture(),
+    "SmolLM3ForCausalLM": Architecture(),
+    "Gemma2ForCausalLM": _GEMMA,
+    "Gemma3ForCausalLM": _GEMMA,
+    "GPT2LMHeadModel": _GPT2,
+    "GPTNeoForCausalLM": Architecture("transformer.h", "transformer.ln_f", "transformer.wpe", "attn.attention", "ln_1", output="out_proj",
+                                      mlp_norm="ln_2", neurons=("mlp.c_fc", "mlp.c_proj"), activation="activation_function"),
+    "GPTNeoXForCausalLM": Architecture("gpt_neox.layers", "gpt_neox.final_layer_norm", None, "attention", "input_layernorm", INTERLEAVED, "dense",
+                                       neurons=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), parallel="use_parallel_residual"),
+    "OPTForCausalLM": Architecture("model.decoder.layers", "model.decoder.final_layer_norm", "model.decoder.embed_positions", "self_attn",
+                                   "self_attn_layer_norm", output="out_proj", mlp_norm="final_layer_norm", mlp="fc1", mlp_output="fc2",
+                                   neurons=("fc1", "fc2"), activation="activation_function"),
+    "PhiForCausalLM": Architecture(final_norm="model.final_layernorm", output="dense", mlp_norm="input_layernorm",
+                                   neurons=("mlp.fc1", "mlp.fc2"), parallel=True),
+    "Starcoder2ForCausalLM": Architecture(neurons=("mlp.c_fc", "mlp.c_proj")),
+}
+"""Classes whose graph can be built."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One sublayer. name: "L2.mlp" or "L2.attention"; module: its path; norm: what it reads through; writes: the module whose
+    output is added to the stream; depths count what has been added to the stream before it reads and once it has written."""
+
+    name: str
+    layer: int
+    kind: Literal["attention", "mlp"]
+    module: str
+    norm: str
+    writes: str
+    d_in: int
+    d_out: int
+    reads_at: int
+    writes_at: int
+
+
+def architecture(model: PreTrainedModel) -> Architecture:
+    """The model's row. Raises ValueError, naming what is supported, where there is none or its config is a variant without one."""
+    name = type(model).__name__
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture {name} is not supported yet; supported: {', '.join(ARCHITECTURES)}")
+    config = model.config
+    projected = getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size
+    if projected or getattr(config, "do_layer_norm_before", True) is False:
+        raise ValueError(f"architecture {name} with norms after the sublayer or projected embeddings is not supported: use another checkpoint")
+    return ARCHITECTURES[name]
+
+
+def sites(model: PreTrainedModel) -> tuple[Site, ...]:
+    """The sublayers in order of depth. Raises ValueError as `architecture` does."""
+    row, config = architecture(model), model.config
+    parallel = getattr(config, row.parallel) if isinstance(row.parallel, str) else row.parallel
+    width, found = config.hidden_size, []
+    for layer in range(config.num_hidden_layers):
+        base, depth = f"{row.layers}.{layer}", 2 * layer
+        attended = f"{base}.{row.post[0]}" if row.post else f"{base}.{row.attention}"
+        found += [
+            Site(f"L{layer}.attention", layer, "attention", f"{base}.{row.attention}", f"{base}.{row.attention_norm}", attended,
+                 width, width, depth, depth + 1),
+            Site(f"L{layer}.mlp", layer, "mlp", f"{base}.{row.mlp}", f"{base}.{row.mlp_norm}", f"{base}.{row.mlp_output}",
+                 width, width, depth if parallel else depth + 1, depth + 2)]
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation as a linear map with a frozen scale."""
+
+    gain: Float[Tensor, "d"]
+    offset: Float[Tensor, "d"]
+    centred: bool
+    eps: float
+
+    def inverse(self, stream: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """1 / scale at each token."""
+        inner = stream - stream.mean(-1, keepdim=True) if self.centred else stream
+        return torch.rsqrt(inner.square().mean(-1) + self.eps)
+
+    def frozen(self, stream: Float[Tensor, "*batch d"], inverse: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch d"]:
+        """What the norm puts out with the given 1 / scale."""
+        inner = stream - stream.mean(-1, keepdim=True) if self.centred else stream
+        return self.gain * inner * inverse[..., None] + self.offset
+
+    def pulled(self, read: Float[Tensor, "*node d"]) -> Float[Tensor, "*node d"]:
+        """Read vectors on the norm's output as read vectors on the stream: read . x = pulled . r / scale + read . offset."""
+        scaled = read * self.gain
+        return scaled - scaled.mean(-1, keepdim=True) if self.centred else scaled
+
+
+def norm(model: PreTrainedModel, path: str) -> Norm:
+    """The norm at `path`."""
+    module = model.get_submodule(path)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    gain = torch.ones(model.config.hidden_size) if weight is None else weight.detach()
+    gain = gain + 1 if architecture(model).unit_gain else gain
+    eps: Any = getattr(module, "variance_epsilon", None) or module.eps
+    return Norm(gain, torch.zeros_like(gain) if bias is None else bias.detach(), isinstance(module, nn.LayerNorm), float(eps))
+
+
+def post_norm(model: PreTrainedModel, site: Site) -> Norm | None:
+    """The norm between the sublayer and the stream, where there is one."""
+    return norm(model, site.writes) if architecture(model).post else None
+
+
+def linear(module: nn.Module) -> tuple[Float[Tensor, "out inside"], Float[Tensor, "out"] | None]:
+    """Weight, output axis first, and bias of a Linear or of GPT-2's transposed Conv1D."""
+    weight = module.weight.detach()  # type: ignore[union-attr, operator]
+    bias = getattr(module, "bias", None)
+    return (weight if isinstance(module, nn.Linear) else weight.T), None if bias is None else bias.detach()
+
+
+def heads(model: PreTrainedModel, attention: nn.Module) -> tuple[int, int]:
+    """(KV groups, head width) of an attention module; one that was pruned has fewer groups than the config says."""
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = architecture(model)
+    if row.values != LLAMA_VALUES:
+        return config.num_attention_heads, width
+    return linear(attention.get_submodule(row.values))[0].shape[0] // width, width
+
+
+@dataclass(frozen=True)
+class ValueOutput:
+    """What an attention layer reads by value and writes: read and bias a KV group, write a head, and the output bias."""
+
+    read: Float[Tensor, "group component d_in"]
+    bias: Float[Tensor, "group component"]
+    write: Float[Tensor, "head component d_out"]
+    constant: Float[Tensor, "d_out"]
+
+
+def value_output(model: PreTrainedModel, site: Site, attention: nn.Module | None = None) -> ValueOutput:
+    """Value and output weights at `site`, of the model's own attention module or of one that stands in for it."""
+    row, module = architecture(model), attention or model.get_submodule(site.module)
+    groups, width = heads(model, module)
+    weight, bias = linear(module.get_submodule(row.values))
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    if row.values == FUSED:
+        weight, bias = weight.chunk(3)[2], bias.chunk(3)[2]
+    elif row.values == INTERLEAVED:
+        weight = weight.reshape(groups, 3, width, -1)[:, 2].reshape(groups * width, -1)
+        bias = bias.reshape(groups, 3, width)[:, 2].reshape(-1)
+    out, constant = linear(module.get_submodule(row.output))
+    return ValueOutput(
+        weight.reshape(groups, width, -1), bias.reshape(groups, width), out.T.reshape(-1, width, out.shape[0]),
+        out.new_zeros(out.shape[0]) if constant is None else constant)
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """An MLP's own neurons: read and write vectors, biases, the activation's name; gate: a gated MLP's second read."""
+
+    read: Float[Tensor, "feature d_in"]
+    bias: Float[Tensor, "feature"]
+    write: Float[Tensor, "feature d_out"]
+    constant: Float[Tensor, "d_out"]
+    activation: str
+    gate: Float[Tensor, "feature d_in"] | None = None
+    gate_bias: Float[Tensor, "feature"] | None = None
+
+
+def neurons(model: PreTrainedModel, site: Site) -> Neurons:
+    """The neurons of the MLP at `site`; in a gated MLP `read` is the up projection."""
+    row = architecture(model)
+    base = f"{row.layers}.{site.layer}"
+    parts = [linear(model.get_submodule(f"{base}.{name}")) for name in row.neurons]
+    whole = [(weight, weight.new_zeros(weight.shape[0]) if bias is None else bias) for weight, bias in parts]
+    (read, bias), (out, constant) = whole[-2], whole[-1]
+    gate, gate_bias = whole[0] if len(whole) == 3 else (None, None)
+    return Neurons(read, bias, out.T, constant, getattr(model.config, row.activation), gate, gate_bias)

@@ -1,0 +1,132 @@
+"""Edges: how much each earlier node contributes to a node's drive, exactly.
+
+With norms' scales and attention patterns frozen, everything between nodes is the residual stream, so with `pulled` the
+target's read vector on the stream, `write` the source's write vector and `a` the source's activation
+
+    virtual weight      V[t, s] = pulled_t . write_s                                   data-free
+    contribution        c[t at i, s at j] = m_t(i) P(i, j) / scale(j) V[t, s] a_s(j)    of one prompt
+
+where P is the identity for a feature and the head's pattern for an attention component, and m is 1, or a gated neuron's
+frozen gate, or a post-norm's 1 / scale. Errors (what the dictionary does not reproduce) have no fixed write vector and
+contribute pulled_t . error / scale; output biases are nodes too. Contributions and the target's own constant sum to its
+drive: nothing is hidden (Marks et al. 2024; Ameisen et al. 2025, "Circuit tracing", section "Attribution graphs"). Since
+attention components are nodes, every edge is one hop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from graphs.architectures import Site, architecture, norm
+from graphs.components import Components
+from graphs.dictionary import Dictionary
+from graphs.host import Host
+from graphs.trace import SiteTrace, Trace
+
+Basis = Mapping[str, Dictionary | Components]
+"""The nodes of every site by its name."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How targets read one prompt's stream: drive = sum_j weight[j] vector . stream(j) + constant. depth: of what they may read."""
+
+    vector: Float[Tensor, "target d"]
+    weight: Float[Tensor, "target token"]
+    constant: Float[Tensor, "target"]
+    depth: int
+
+
+def reads(part: Dictionary | Components) -> Float[Tensor, "node d_in"]:
+    """Every node's read vector."""
+    return part.read if isinstance(part, Dictionary) else part.reads
+
+
+def biases(part: Dictionary | Components) -> Float[Tensor, "node"]:
+    """Every node's bias."""
+    return part.bias if isinstance(part, Dictionary) else part.biases
+
+
+def writes(part: Dictionary | Components) -> Float[Tensor, "node d_out"]:
+    """Every node's write vector."""
+    return part.write if isinstance(part, Dictionary) else part.writes
+
+
+def activations(part: Dictionary | Components, seen: SiteTrace) -> Float[Tensor, "row token node"]:
+    """Every node's activation in a traced run."""
+    if isinstance(part, Dictionary):
+        return part.activations(seen.x)
+    assert seen.pattern is not None
+    return part.activations(seen.x, seen.pattern, seen.post)
+
+
+def drives(part: Dictionary | Components, seen: SiteTrace) -> Float[Tensor, "row token node"]:
+    """Every node's drive: a component's is its activation."""
+    return part.drive(seen.x) if isinstance(part, Dictionary) else activations(part, seen)
+
+
+def errors(part: Dictionary | Components, seen: SiteTrace) -> Float[Tensor, "row token d_out"]:
+    """What the nodes of a site leave unexplained of what it wrote."""
+    return seen.y - activations(part, seen) @ writes(part) - part.constant
+
+
+def virtual_weights(host: Host, target: Site, read: Dictionary | Components, source: Dictionary | Components) -> Float[Tensor, "target source"]:
+    """V between all nodes of two sites, data-free."""
+    return norm(host.model, target.norm).pulled(reads(read)) @ writes(source).T
+
+
+def reading(
+    host: Host, basis: Basis, found: Trace, site: Site, nodes: Int[Tensor, "target"], tokens: Int[Tensor, "target"]
+) -> Reading:
+    """Nodes of one site at tokens of a one-row trace, as targets."""
+    part, seen, through = basis[site.name], found.sites[site.name], norm(host.model, site.norm)
+    read = reads(part)[nodes]
+    own = biases(part)[nodes] + read @ through.offset
+    weight = torch.zeros(len(nodes), found.ids.shape[1])
+    if isinstance(part, Dictionary):
+        factor = part.factor(seen.x)[0][tokens, nodes]
+        weight[torch.arange(len(nodes)), tokens] = factor * seen.inverse[0, tokens]
+        constant = factor * own
+    else:
+        assert seen.pattern is not None
+        routed = seen.pattern[0, nodes // part.write.shape[1], tokens]
+        factor = torch.ones(len(nodes)) if seen.post is None else seen.post[0, tokens]
+        weight = routed * factor[:, None] * seen.inverse[0]
+        constant = factor * own * routed.sum(1)
+    return Reading(through.pulled(read), weight, constant, site.reads_at)
+
+
+def logit_reading(
+    host: Host, found: Trace, vectors: Float[Tensor, "target d"], tokens: Int[Tensor, "target"], constant: Float[Tensor, "target"]
+) -> Reading:
+    """Directions of the unembedding (a token's row, or a difference of rows) at tokens of a one-row trace, as targets."""
+    through = norm(host.model, architecture(host.model).final_norm)
+    weight = torch.zeros(len(tokens), found.ids.shape[1])
+    weight[torch.arange(len(tokens)), tokens] = found.inverse[0, tokens]
+    return Reading(through.pulled(vectors), weight, constant + vectors @ through.offset, 2 * host.config.num_hidden_layers)
+
+
+def contributions(host: Host, basis: Basis, found: Trace, targets: Reading) -> dict[str, Float[Tensor, "target token node"]]:
+    """What every source contributes to each target of a one-row trace, by kind of source.
+
+    Keys: a site's name (its nodes), the name and ".error" or ".bias" (one node), "token" and "position" (one node a token).
+    """
+    def whole(written: Tensor) -> Tensor:
+        """One vector a token."""
+        return (targets.weight * (targets.vector @ written.T))[..., None]
+
+    out = {"token": whole(found.token[0]), "position": whole(found.position[0])}
+    for site in host.sites:
+        if site.writes_at > targets.depth:
+            continue
+        part, seen = basis[site.name], found.sites[site.name]
+        weights = targets.vector @ writes(part).T
+        out[site.name] = targets.weight[..., None] * weights[:, None] * activations(part, seen)[0]
+        out[f"{site.name}.error"] = whole(errors(part, seen)[0])
+        out[f"{site.name}.bias"] = whole(part.constant.expand(len(found.ids[0]), -1))
+    return out
