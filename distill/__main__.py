@@ -16,8 +16,11 @@ VERBS = {
     "prune": (config.Prune, "distill.prune"),
     "fit": (config.Fit, "distill.prune"),
     "evaluate": (config.Evaluate, "distill.evaluate"),
+    "explain": (config.Explain, "distill.explain"),
     "plant": (config.Plant, "distill.plant"),
 }
+POSITIONAL = {"explain": "--node"}
+"""The flag that a verb's first word stands for, where it begins with no dash."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,6 +62,8 @@ def _parse(verb: str, arguments: list[str]):
     import tyro
 
     kind, defaults = VERBS[verb][0], {}
+    if verb in POSITIONAL and arguments and not arguments[0].startswith("-"):
+        arguments = [POSITIONAL[verb], *arguments]
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 >= len(arguments):

@@ -101,6 +101,32 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Explain:
+    """Print what one node of a run computes (distill explain L2.F117), or the whole circuit as a program (--listing)."""
+
+    node: str | None = None
+    """L2.F117 (a feature), L1.H2.C3 (an attention component) or "logit ' return'"; may stand right after the verb."""
+    run: Path = Path("runs/default")
+    """Run folder."""
+    part: Literal["circuit", "graph"] = "circuit"
+    """The circuit that was kept, healed and compiled, or the graph as it was fitted."""
+    listing: bool = False
+    """Print every node, each defined before its uses."""
+    parents: int = 8
+    """Parents (and children) printed."""
+    contexts: int = 5
+    """Contexts printed."""
+    rows: int = 128
+    """Clean rows that flow is measured on."""
+    enough: float = 0.95
+    """Share of each node's absolute drive that the stored parents carry."""
+    memory: int = 512
+    """MB for flow statistics; less memory means more passes over the rows."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
 class Plant:
     """Plant a backdoor: an organism folder with model/, twin/ and secret/ kept apart."""
 
@@ -125,7 +151,7 @@ class Plant:
 
 
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "joint_steps": 0, "gate_steps": 0, "heal_steps": 0,
-         "ordinary_steps": 0, "resistant_steps": 0}
+         "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1}
 """Smallest value of each numeric field that has one."""
 
 
@@ -133,7 +159,7 @@ def check(verb: Any) -> None:
     """Raise ValueError, naming the flag, where a number is too small or two flags exclude each other."""
     for name, least in LEAST.items():
         value = getattr(verb, name, None)
-        if value is not None and value < least:
+        if isinstance(value, int) and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
     if getattr(verb, "keep", None) is not None and getattr(verb, "target_params", None) is not None:
         raise ValueError("--keep and --target-params exclude each other: give the share to keep or the size, not both")

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from graphs.components import Components
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -65,6 +67,19 @@ def groups(attention: nn.Module) -> int:
 def group_width(attention: nn.Module) -> int:
     """Columns of the output projection that one KV group feeds."""
     return projection(attention, "o_proj").in_features // groups(attention)
+
+
+def set_components(attention: nn.Module, components: Components) -> None:
+    """Write `components` into the module's value and output projections. Raises ValueError where a bias has no place."""
+    values, out = projection(attention, "v_proj"), projection(attention, "o_proj")
+    for linear, bias in ((values, components.bias), (out, components.constant)):
+        if linear.bias is None and bool(bias.any()):
+            raise ValueError("the attention layer has no bias to hold a component's: use a class with attention_bias")
+    with torch.no_grad():
+        values.weight.copy_(components.read.flatten(0, 1))
+        out.weight.copy_(components.writes.T)
+        if values.bias is not None:
+            values.bias.copy_(components.bias.flatten())
 
 
 def keep_groups(attention: nn.Module, kept: Int[Tensor, "kept"]) -> nn.Module:

@@ -213,7 +213,7 @@ def finish(targets: Targets, source: Sources, sums: Sums, enough: float) -> tupl
     edges = {"src": source.numbers[column], "dst": targets.block.start + targets.nodes[target], "weight": virtual[at], "flow": flow[at],
              "flow_error": (residual.clamp_min(0).sqrt() / count)[at], "coefficient": coefficient[at], "spread": variance.sqrt()[at],
              "share": share[at], "frequency": (sums.often / count)[at]}
-    own = {"constant": targets.constant, "active": sums.count, "mean": sums.mean,
+    own = {"constant": targets.constant, "active": sums.count, "mean": sums.mean, "drive": flow.sum(1),
            "explained": torch.zeros(len(targets.nodes)).index_add(0, target, share[at]), "parents": (share > 0).sum(1)}
     return edges, own
 
@@ -246,7 +246,7 @@ def build(
     tokens = torch.cat([batch.ids[batch.real] for batch in batches]).unique()
     chosen = torch.cat([trace(host, batch.ids, stand_ins).logits.argmax(-1)[batch.real] for batch in batches]).unique()
     edges: dict[str, list[Tensor]] = {}
-    own = {name: torch.zeros(nodes.count) for name in ("constant", "active", "mean", "explained", "parents")}
+    own = {name: torch.zeros(nodes.count) for name in ("constant", "active", "mean", "drive", "explained", "parents")}
     sampled = sum(int(batch.real.sum()) for batch in batches)
     plan = []
     for block, site, numbers, pulled, constant in readers(host, basis, nodes, chosen):

@@ -143,8 +143,8 @@ class FeatureGraph:
     tokens where it is active, with its standard error (clusters of rows); coefficient: contribution per unit of the source's
     activation, mean and spread (standard deviation over tokens); share: of the target's absolute drive; frequency: how often
     the source is active when the target is. Per node: constant (its own bias in the drive), active: share of tokens, mean:
-    activation over all tokens, drive: mean absolute drive from all sources, explained: share that the stored parents carry,
-    parents: how many there are with any flow.
+    activation over all tokens, drive: the flow of all sources together, explained: share that the stored parents carry, parents:
+    how many there are with any flow.
     """
 
     index: Index
@@ -160,6 +160,7 @@ class FeatureGraph:
     constant: Float[Tensor, "node"]
     active: Float[Tensor, "node"]
     mean: Float[Tensor, "node"]
+    drive: Float[Tensor, "node"]
     explained: Float[Tensor, "node"]
     parents: Int[Tensor, "node"]
     tokens: int

@@ -17,9 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from graphs.architectures import Site, value_output
 from graphs.artifact import read_json, write_json
 from graphs.attention import GroupGate, group_width, groups, keep_groups, refreshed
-from graphs.host import Host, Site
+from graphs.components import Components, of_attention
+from graphs.dictionary import Dictionary
+from graphs.edges import Basis
+from graphs.host import Host
 from graphs.transcoder import Transcoder
 
 
@@ -35,6 +39,7 @@ class Replacement(nn.Module):
             parent, _, leaf = site.module.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, parts[site.name])
             if site.kind == "attention":
+                parts[site.name].config = self.model.config  # type: ignore[assignment]  # one for all: `trace` changes how attention runs
                 gate = self.group_gates[site.name] = GroupGate(group_width(parts[site.name]))
                 parts[site.name].get_submodule("o_proj").register_forward_pre_hook(gate)
         for parameter in (*self.model.get_input_embeddings().parameters(), *self.model.get_output_embeddings().parameters()):
@@ -53,6 +58,14 @@ class Replacement(nn.Module):
     def node_counts(self) -> dict[str, int]:
         """Nodes at each site: features, or KV groups."""
         return {site.name: part.features if isinstance(part := self.part(site), Transcoder) else groups(part) for site in self.sites}
+
+    def basis(self) -> Basis:
+        """The nodes of the graph this replacement runs: features, and attention components."""
+        made: dict[str, Dictionary | Components] = {}
+        for site in self.sites:
+            part = self.part(site)
+            made[site.name] = part.dictionary() if isinstance(part, Transcoder) else of_attention(value_output(self.model, site, part))
+        return made
 
     def host(self) -> Host:
         """The replacement as a host: generation and every judge run on it as on any model."""

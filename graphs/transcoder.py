@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from graphs.artifact import read_json, write_json
+from graphs.dictionary import Dictionary, Part
 
 
 class Transcoder(nn.Module):
@@ -54,6 +55,11 @@ class Transcoder(nn.Module):
         if self.gate is not None:
             activations = self.mean + self.gate * (activations - self.mean)
         return activations @ self.w_dec + self.b_dec
+
+    def dictionary(self) -> Dictionary:
+        """The same map as nodes of a graph."""
+        part = Part(self.w_enc.detach(), self.b_enc.detach(), self.w_dec.detach())
+        return Dictionary((part,), self.b_dec.detach())
 
     def keep(self, kept: Int[Tensor, "kept"]) -> Transcoder:
         """A smaller transcoder of the kept features; the mean contribution of the others moves into `b_dec`."""

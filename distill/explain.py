@@ -1,0 +1,95 @@
+"""`distill explain`: what one node computes, or the whole circuit as a program.
+
+    L2.F117 = relu(3.10(+-0.12)*L0.F44 + 4.02(+-0.30)*L1.H2.C3 - 1.20 + rest(+0.04))
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from distill import config
+from distill.report import visible
+from distill.runs import Opened, reopen
+from graphs.contexts import Context, logit_effects, top_contexts
+from graphs.equations import Equation, equation, listing
+from graphs.graph import FeatureGraph
+
+
+def run(verb: config.Explain) -> int:
+    """Explain one node, or list all."""
+    if (verb.node is None) != verb.listing:
+        raise ValueError("explain needs a node (distill explain L2.F117) or --listing, and not both")
+    opened = reopen(verb.run, verb.part)
+    graph = opened.edges(verb.rows, verb.enough, verb.memory << 20)
+    if verb.node is None:
+        lines = listing(graph, verb.parents)
+        print(json.dumps([asdict(one) for one in lines]) if verb.json else program(lines, graph, opened))
+        return 0
+    node = graph.index.find(verb.node)
+    said = equation(graph, node, verb.parents)
+    contexts = top_contexts(opened.host, opened.basis, graph, node, opened.sample(verb.rows), verb.contexts)
+    found = {"equation": said, "contexts": contexts, "writes_to": children(graph, node, verb.parents),
+             "logits": logit_effects(opened.host, opened.basis, graph, node)}
+    print(json.dumps(facts(found, graph, opened), indent=1) if verb.json else page(found, graph, opened))
+    return 0
+
+
+def children(graph: FeatureGraph, node: int, most: int) -> list[dict[str, Any]]:
+    """What the node feeds, where it carries most of the drive first."""
+    return [{"node": graph.index.name(int(graph.dst[e])), "coefficient": float(graph.coefficient[e]), "share": float(graph.share[e])}
+            for e in graph.out_of(node)[:most].tolist()]
+
+
+def facts(found: dict[str, Any], graph: FeatureGraph, opened: Opened) -> dict[str, Any]:
+    """The same as JSON."""
+    return {"run": str(opened.folder), "part": opened.part, "tokens": graph.tokens, "line": found["equation"].line(),
+            "equation": asdict(found["equation"]), "contexts": [asdict(one) for one in found["contexts"]],
+            "writes_to": found["writes_to"], "logits": [{"token": token, "effect": effect} for token, effect in found["logits"]]}
+
+
+def page(found: dict[str, Any], graph: FeatureGraph, opened: Opened) -> str:
+    """What a person reads."""
+    said: Equation = found["equation"]
+    lines = [f"{said.node}  ({opened.part} of {opened.folder}; active on {said.active:.1%} of {graph.tokens:,} clean tokens)", "", said.line(), "",
+             f"{'share':>6} {'coefficient':>18} {'mean flow':>18} {'with':>6}  parent"]
+    for term in said.terms:
+        lines.append(f"{term.share:6.1%} {term.coefficient:9.3f} +- {term.spread:5.3f} {term.flow:9.3f} +- {term.flow_error:5.3f} "
+                     f"{term.frequency:6.1%}  {visible(term.source)}")
+    lines += ["", f"These {len(said.terms)} parents carry {said.carried:.1%} of the drive; {said.enough} carry {said.explained:.1%}; "
+                  f"{said.parents} carry any. What is not printed adds {said.rest:+.3f} on average."]
+    if found["contexts"]:
+        lines += ["", "most active at"] + [_context(one) for one in found["contexts"]]
+    if found["writes_to"]:
+        lines += ["", "feeds"]
+        lines += [f"{child['share']:6.1%} of {visible(child['node'])} ({child['coefficient']:+.3f} a unit)" for child in found["writes_to"]]
+    if found["logits"]:
+        lines += ["", "raises  " + _tokens(found["logits"], 1), "lowers  " + _tokens(found["logits"], -1)]
+    return "\n".join(lines)
+
+
+def _context(one: Context) -> str:
+    def flat(text: str) -> str:
+        return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+    return f"{one.activation:8.3f}  {flat(one.before)}>>{flat(one.token)}<<{flat(one.after)}"
+
+
+def _tokens(effects: list[tuple[str, float]], sign: int) -> str:
+    chosen = sorted((one for one in effects if one[1] * sign > 0), key=lambda one: -abs(one[1]))
+    return ", ".join(f"{visible(token)!r} {effect:+.3f}" for token, effect in chosen) or "nothing"
+
+
+def program(lines: list[Equation], graph: FeatureGraph, opened: Opened) -> str:
+    """The circuit as one reads code: each value is defined before its uses."""
+    said = [f"# {opened.part} of {opened.folder}: {len(lines):,} nodes in order of depth, {graph.tokens:,} clean tokens",
+            "# value = gate(coefficient(+-spread)*parent + ... + constant + rest(mean of what is not printed))  # share of the drive printed"]
+    layer = None
+    for one in lines:
+        name = one.node.split(".")[0] if one.kind != "logit" else "logits"
+        if name != layer:
+            layer = name
+            said += ["", f"# ---- {layer}"]
+        said.append(f"{visible(one.line())}  # {one.carried:.0%}; active {one.active:.1%}")
+    return "\n".join(said)

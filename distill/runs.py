@@ -1,0 +1,70 @@
+"""A finished run, opened again from its folder alone: its model, its rows, the graph it fitted and the circuit it kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill import config
+from distill.models import CLEAN_ROWS, find
+from distill.rows import batches, read
+from evals.tasks import named
+from graphs.artifact import digest, locked, read_json, stage
+from graphs.batches import Batch, Epochs
+from graphs.canonical import canonical
+from graphs.edges import Basis
+from graphs.flow import build
+from graphs.graph import FeatureGraph
+from graphs.host import Host, load
+from graphs.replace import Replacement
+
+CLUSTER = 8
+"""Rows a cluster, for the standard errors of flow."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One part of a run, `circuit` (kept and healed, what was compiled) or `graph` (everything fitted), ready to be read.
+
+    host: the part running as a model, with nothing of the original between embedding and unembedding; basis: its nodes;
+    data: the run's clean rows; key: hash of what it was made of.
+    """
+
+    folder: Path
+    part: str
+    host: Host
+    basis: Basis
+    data: Epochs
+    key: str
+
+    def sample(self, rows: int) -> list[Batch]:
+        """`rows` clean rows in clusters, always the same ones."""
+        clusters = Epochs(self.data.rows, CLUSTER, self.data.pad, self.data.seed)
+        return [clusters(step) for step in range(max(1, rows // CLUSTER))]
+
+    def edges(self, rows: int, enough: float, memory: int) -> FeatureGraph:
+        """The part's edges on `rows` clean rows: built once, found again under RUN/edges/."""
+        def make(out: Path) -> dict:
+            made = build(self.host, self.basis, self.sample(rows), enough, memory)
+            made.save(out)
+            return {"part": self.part, "rows": rows, "enough": enough, "edges": len(made.src), "tokens": made.tokens}
+
+        folder = self.folder / "edges" / self.part
+        with locked(self.folder):
+            stage(folder, digest(self.key, rows, enough), make)
+        return FeatureGraph.load(folder)
+
+
+def reopen(folder: Path, part: str) -> Opened:
+    """Open `part` of the run in `folder`. Raises ValueError (one sentence) where it is not there."""
+    if not (folder / part / "receipt.json").is_file():
+        raise ValueError(f"--run {folder}: it holds no {part}/; run distill prune --out {folder} first" if folder.is_dir() else
+                         f"--run {folder}: no such folder; give the --out of a distill prune")
+    made = read_json(folder / "receipt.json") if (folder / "receipt.json").is_file() else {"config": {}}
+    settings = config.Prune(**config.from_mapping(config.Prune, made["config"], str(folder / "receipt.json")))
+    host = load(find(settings.model))
+    data, _ = batches(host, read(settings.rows or CLEAN_ROWS, named(settings.task)), settings.batch, settings.seed)
+    replacement = Replacement.load(folder / part, host)
+    replacement.eval()
+    canonical(replacement, data)
+    return Opened(folder, part, replacement.host(), replacement.basis(), data, read_json(folder / part / "receipt.json")["key"])

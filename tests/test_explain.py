@@ -1,0 +1,101 @@
+"""distill explain on a finished tiny run: equations that sum, contexts that fire, a listing in order, one-sentence refusals."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from distill import config
+from distill.__main__ import main
+from distill.prune import run
+from distill.runs import reopen
+from evals.tasks import TASKS, table
+from graphs.edges import activations
+from graphs.equations import equation, listing
+from graphs.trace import trace
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_folder, tmp_path_factory):
+    where = tmp_path_factory.mktemp("explain")
+    table(TASKS["coding"].rows("trace", 24, seed=3)).to_parquet(where / "rows.parquet")
+    run(config.Prune(model=str(tiny_model_folder), out=where / "run", rows=where / "rows.parquet", features=32, fit_steps=8, joint_steps=4,
+                     gate_steps=4, heal_steps=4, batch=8, tune_rows=4, prompts=8, keep=-1.0))
+    return where / "run"
+
+
+def explain(capsys, folder, *argv):
+    status = main(["explain", *argv, "--run", str(folder), "--rows", "16"])
+    found = capsys.readouterr()
+    return status, found.out, found.err
+
+
+def test_a_node_is_explained_with_its_remainder_and_real_contexts(folder, capsys):
+    opened = reopen(folder, "circuit")
+    graph = opened.edges(16, 0.95, 1 << 28)
+    node = max(range(*_range(graph, "L1.mlp")), key=lambda n: float(graph.active[n]))
+    name = graph.index.name(node)
+    status, out, _ = explain(capsys, folder, name, "--json", "--parents", "3")
+    found = json.loads(out)
+    assert status == 0 and found["equation"]["node"] == name and len(found["equation"]["terms"]) == 3
+    total = sum(term["flow"] for term in found["equation"]["terms"]) + found["equation"]["rest"] + found["equation"]["constant"]
+    drives, best = [], 0.0
+    for batch in opened.sample(16):
+        seen = trace(opened.host, batch.ids).sites["L1.mlp"]
+        place = node - graph.index.by_name["L1.mlp"].start
+        a = activations(opened.basis["L1.mlp"], seen)[batch.real][:, place]
+        drives.append(opened.basis["L1.mlp"].drive(seen.x)[batch.real][:, place][a > 0])
+        best = max(best, float(a.max()))
+    assert total == pytest.approx(float(torch.cat(drives).mean()), abs=1e-3)
+    assert found["contexts"][0]["activation"] == pytest.approx(best, abs=1e-4)
+    status, out, _ = explain(capsys, folder, name)
+    assert status == 0 and out.startswith(f"{name}  (circuit of") and f"{name} = relu(" in out and ">>" in out and "carry any" in out
+
+
+def _range(graph, name):
+    block = graph.index.by_name[name]
+    return block.start, block.start + block.count
+
+
+def test_the_listing_defines_each_value_before_its_uses(folder, capsys):
+    status, out, _ = explain(capsys, folder, "--listing")
+    defined = set()
+    lines = [line for line in out.splitlines() if line and not line.startswith("#")]
+    for line in lines:
+        name, _, body = line.partition(" = ")
+        used = set(re.findall(r"\*(L\d+\.(?:F\d+|H\d+\.C\d+))", body))
+        assert used <= defined, (line, used - defined)
+        defined.add(name)
+    graph = reopen(folder, "circuit").edges(16, 0.95, 1 << 28)
+    assert status == 0 and len(lines) == len(listing(graph)) and any(line.startswith("logit ") for line in lines)
+
+
+def test_edges_are_built_once(folder):
+    opened = reopen(folder, "circuit")
+    opened.edges(16, 0.95, 1 << 28)
+    before = (folder / "edges" / "circuit" / "edges.safetensors").stat().st_mtime_ns
+    opened.edges(16, 0.95, 1 << 28)
+    assert (folder / "edges" / "circuit" / "edges.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_fitted_graph_can_be_explained_too(folder):
+    opened = reopen(folder, "graph")
+    graph = opened.edges(16, 0.95, 1 << 28)
+    assert graph.index.by_name["L1.mlp"].count == 32
+    assert equation(graph, graph.index.find("L1.F0")).node == "L1.F0"
+
+
+@pytest.mark.parametrize(("argv", "sentence"), [
+    (["L9.F0"], "no such node"), (["L1.F9999"], "layer 1 has F0 to"), (["token 'nonsenseword'"], "is not one token"),
+    ([], "explain needs a node"), (["L0.F0", "--listing"], "and not both"), (["L0.mlp.bias"], "reads nothing"), (["L0.F0", "--parents", "0"], "at least 1"),
+])
+def test_wrong_nodes_get_one_sentence(folder, capsys, argv, sentence):
+    status, _, err = explain(capsys, folder, *argv)
+    message = err.strip().splitlines()[-1]
+    assert status == 2 and message.startswith("distill: ") and sentence in message
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    assert explain(capsys, tmp_path / "nothing", "L0.F0")[2].strip().endswith("no such folder; give the --out of a distill prune")
+    assert "holds no circuit/" in explain(capsys, tmp_path, "L0.F0")[2]
