@@ -48,7 +48,8 @@ def test_truncating_the_canonical_basis_is_the_best_of_its_rank_on_clean_inputs(
 
     best = lost(turned, first)
     generator = torch.Generator().manual_seed(0)
-    others = [lost(components, torch.stack([torch.randperm(8, generator=generator) < 3 for _ in range(4)])) for components in (whole, turned) for _ in range(10)]
+    drawn = [torch.stack([torch.randperm(8, generator=generator) < 3 for _ in range(4)]) for _ in range(10)]
+    others = [lost(components, kept) for components in (whole, turned) for kept in drawn]
     assert best > 0 and all(best <= other * 1.0001 for other in others)
 
 
@@ -70,6 +71,7 @@ def test_making_a_replacement_canonical_changes_names_not_outputs(tiny_host):
     replacement = from_noise(tiny_host, 8, 0)
     ids = torch.randint(3, 500, (4, 9), generator=torch.Generator().manual_seed(2))
     real = torch.ones_like(ids, dtype=torch.bool)
-    before, read = replacement(ids), replacement.part(replacement.sites[0]).v_proj.weight.clone()
+    values = replacement.part(replacement.sites[0]).v_proj
+    before, read = replacement(ids), values.weight.clone()
     canonical(replacement, lambda _: Batch(ids, real, real), 2)
-    assert torch.allclose(before, replacement(ids), atol=1e-4) and not torch.allclose(read, replacement.part(replacement.sites[0]).v_proj.weight, atol=1e-2)
+    assert torch.allclose(before, replacement(ids), atol=1e-4) and not torch.allclose(read, values.weight, atol=1e-2)

@@ -88,7 +88,8 @@ def test_the_fitted_graph_can_be_explained_too(folder):
 
 @pytest.mark.parametrize(("argv", "sentence"), [
     (["L9.F0"], "no such node"), (["L1.F9999"], "layer 1 has F0 to"), (["token 'nonsenseword'"], "is not one token"),
-    ([], "explain needs a node"), (["L0.F0", "--listing"], "and not both"), (["L0.mlp.bias"], "reads nothing"), (["L0.F0", "--parents", "0"], "at least 1"),
+    ([], "explain needs a node"), (["L0.F0", "--listing"], "and not both"), (["L0.mlp.bias"], "reads nothing"),
+    (["L0.F0", "--parents", "0"], "at least 1"),
 ])
 def test_wrong_nodes_get_one_sentence(folder, capsys, argv, sentence):
     status, _, err = explain(capsys, folder, *argv)
