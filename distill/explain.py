@@ -29,9 +29,9 @@ def run(verb: config.Explain) -> int:
         return 0
     node = graph.index.find(verb.node)
     said = equation(graph, node, verb.parents)
-    contexts = top_contexts(opened.host, opened.basis, graph, node, opened.sample(verb.rows), verb.contexts)
+    contexts = top_contexts(opened.subject, graph, node, opened.sample(verb.rows), verb.contexts)
     found = {"equation": said, "contexts": contexts, "writes_to": children(graph, node, verb.parents),
-             "logits": logit_effects(opened.host, opened.basis, graph, node)}
+             "logits": logit_effects(opened.subject, graph, node)}
     print(json.dumps(facts(found, graph, opened), indent=1) if verb.json else page(found, graph, opened))
     return 0
 

@@ -12,10 +12,10 @@ from evals.tasks import named
 from graphs.artifact import digest, locked, read_json, stage
 from graphs.batches import Batch, Epochs
 from graphs.canonical import canonical
-from graphs.edges import Basis
+from graphs.edges import Reconstruction
 from graphs.flow import build
 from graphs.graph import FeatureGraph
-from graphs.host import Host, load
+from graphs.host import load
 from graphs.replace import Replacement
 
 CLUSTER = 8
@@ -24,16 +24,16 @@ CLUSTER = 8
 
 @dataclass(frozen=True)
 class Opened:
-    """One part of a run, `circuit` (kept and healed, what was compiled) or `graph` (everything fitted), ready to be read.
+    """One part of a run, ready to be read. data: the run's clean rows; key: hash of what it was made of.
 
-    host: the part running as a model, with nothing of the original between embedding and unembedding; basis: its nodes;
-    data: the run's clean rows; key: hash of what it was made of.
+    `circuit` (kept and healed, what was compiled) is read as it runs: nothing of the original model is left between embedding
+    and unembedding, and no site has an error. `graph` (everything fitted) is read inside the original model, whose sites
+    have errors: what the dictionaries do not reproduce.
     """
 
     folder: Path
     part: str
-    host: Host
-    basis: Basis
+    subject: Reconstruction
     data: Epochs
     key: str
 
@@ -45,7 +45,7 @@ class Opened:
     def edges(self, rows: int, enough: float, memory: int) -> FeatureGraph:
         """The part's edges on `rows` clean rows: built once, found again under RUN/edges/."""
         def make(out: Path) -> dict:
-            made = build(self.host, self.basis, self.sample(rows), enough, memory)
+            made = build(self.subject, self.sample(rows), enough, memory)
             made.save(out)
             return {"part": self.part, "rows": rows, "enough": enough, "edges": len(made.src), "tokens": made.tokens}
 
@@ -67,4 +67,6 @@ def reopen(folder: Path, part: str) -> Opened:
     replacement = Replacement.load(folder / part, host)
     replacement.eval()
     canonical(replacement, data)
-    return Opened(folder, part, replacement.host(), replacement.basis(), data, read_json(folder / part / "receipt.json")["key"])
+    stand_ins = {site.name: replacement.part(site) for site in replacement.sites if site.kind == "attention"}
+    subject = Reconstruction(replacement.host(), replacement.basis()) if part == "circuit" else Reconstruction(host, replacement.basis(), stand_ins)
+    return Opened(folder, part, subject, data, read_json(folder / part / "receipt.json")["key"])

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from graphs.architectures import architecture, norm
 from graphs.batches import Batch
-from graphs.edges import Basis, activations
+from graphs.edges import Reconstruction, activations, writes
 from graphs.graph import FeatureGraph
-from graphs.host import Host
-from graphs.trace import trace
 
 AROUND = 12
 """Tokens shown on either side."""
@@ -28,33 +27,31 @@ class Context:
 
 
 @torch.no_grad()
-def top_contexts(host: Host, basis: Basis, graph: FeatureGraph, node: int, batches: Sequence[Batch], count: int = 5) -> list[Context]:
+def top_contexts(subject: Reconstruction, graph: FeatureGraph, node: int, batches: Sequence[Batch], count: int = 5) -> list[Context]:
     """The `count` rows in which `node` is most active (by absolute activation), each at its strongest token; fewer where it is silent."""
     block = graph.index.block(node)
     found: list[tuple[float, float, list[int], int]] = []
     for batch in batches:
-        seen = trace(host, batch.ids)
-        values = seen.logits if block.kind == "logit" else activations(basis[block.name], seen.sites[block.name])
+        seen = subject.trace(batch.ids)
+        values = seen.logits if block.kind == "logit" else activations(subject.basis[block.name], seen.sites[block.name])
         value = values[..., node - block.start].masked_fill(~batch.real, 0.0)
         best = value.abs().argmax(1)
         for row, place in enumerate(best.tolist()):
             size = float(value[row, place])
             found.append((abs(size), size, batch.ids[row][batch.real[row]].tolist(), place))
     found.sort(key=lambda one: -one[0])
-    decode = host.tokenizer.decode
+    decode = subject.host.tokenizer.decode
     return [Context(size, str(decode(ids[max(0, at - AROUND) : at])), str(decode([ids[at]])), str(decode(ids[at + 1 : at + 1 + AROUND])))
             for strength, size, ids, at in found[:count] if strength > 0]
 
 
-def logit_effects(host: Host, basis: Basis, graph: FeatureGraph, node: int, count: int = 6) -> list[tuple[str, float]]:
+def logit_effects(subject: Reconstruction, graph: FeatureGraph, node: int, count: int = 6) -> list[tuple[str, float]]:
     """Tokens that a unit of the node's activation raises most and lowers most, directly, at unit scale of the last norm."""
-    from graphs.architectures import architecture, norm
-    from graphs.edges import writes
-
     block = graph.index.block(node)
     if block.kind not in ("feature", "attention"):
         return []
+    host = subject.host
     head, through = host.model.get_output_embeddings().weight.detach(), norm(host.model, architecture(host.model).final_norm)
-    effect = through.pulled(head - head.mean(0)) @ writes(basis[block.name])[node - block.start]
+    effect = through.pulled(head - head.mean(0)) @ writes(subject.basis[block.name])[node - block.start]
     order = effect.argsort(descending=True).tolist()
     return [(graph.index.tokens[token], float(effect[token])) for token in (*order[:count], *order[-count:])]

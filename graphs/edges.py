@@ -16,20 +16,34 @@ attention components are nodes, every edge is one hop.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphs.architectures import Site, architecture, norm
 from graphs.components import Components
 from graphs.dictionary import Dictionary
 from graphs.host import Host
-from graphs.trace import SiteTrace, Trace
+from graphs.trace import SiteTrace, Trace, trace
 
 Basis = Mapping[str, Dictionary | Components]
 """The nodes of every site by its name."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A model, and the nodes that say what its sites write. stand_ins: attention modules by site name that route the components
+    where they are not the model's own. With a model that runs on its own dictionaries, every error is 0."""
+
+    host: Host
+    basis: Basis
+    stand_ins: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def trace(self, ids: Int[Tensor, "row token"]) -> Trace:
+        """Run the model and keep what edges need."""
+        return trace(self.host, ids, self.stand_ins)
 
 
 @dataclass(frozen=True)

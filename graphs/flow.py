@@ -27,10 +27,10 @@ from graphs.architectures import Site, architecture, norm
 from graphs.batches import Batch
 from graphs.components import Components
 from graphs.dictionary import Dictionary
-from graphs.edges import Basis, activations, biases, errors, reads, writes
+from graphs.edges import Basis, Reconstruction, activations, biases, errors, reads, writes
 from graphs.graph import Block, FeatureGraph, Index, index
 from graphs.host import Host
-from graphs.trace import Trace, trace
+from graphs.trace import Trace
 
 MATRICES = 9
 """Target-by-source matrices that a block holds at once, with room to work."""
@@ -234,17 +234,17 @@ def readers(host: Host, basis: Basis, nodes: Index, chosen: Int[Tensor, "token"]
 
 @torch.no_grad()
 def build(
-    host: Host, basis: Basis, batches: Sequence[Batch], enough: float = 0.95, memory: int = 1 << 30,
-    stand_ins: dict | None = None, only: Iterable[str] | None = None,
+    subject: Reconstruction, batches: Sequence[Batch], enough: float = 0.95, memory: int = 1 << 30, only: Iterable[str] | None = None
 ) -> FeatureGraph:
-    """The graph of `basis` on the tokens of `batches`, each a cluster of rows.
+    """The graph of `subject` on the tokens of `batches`, each a cluster of rows.
 
-    enough: share of each target's absolute drive that its stored parents carry; memory: bytes for accumulators; stand_ins: see
-    `graphs.trace.trace`; only: names of the target blocks (all by default). Raises ValueError where `memory` holds no target.
+    enough: share of each target's absolute drive that its stored parents carry; memory: bytes for accumulators; only: names
+    of the target blocks (all by default). Raises ValueError where `memory` holds no target.
     """
+    host, basis = subject.host, subject.basis
     nodes = index(host, basis)
     tokens = torch.cat([batch.ids[batch.real] for batch in batches]).unique()
-    chosen = torch.cat([trace(host, batch.ids, stand_ins).logits.argmax(-1)[batch.real] for batch in batches]).unique()
+    chosen = torch.cat([subject.trace(batch.ids).logits.argmax(-1)[batch.real] for batch in batches]).unique()
     edges: dict[str, list[Tensor]] = {}
     own = {name: torch.zeros(nodes.count) for name in ("constant", "active", "mean", "drive", "explained", "parents")}
     sampled = sum(int(batch.real.sum()) for batch in batches)
@@ -263,7 +263,7 @@ def build(
         targets = Targets(block, site, numbers, pulled, constant, pulled @ source.writes.T)
         sums = Sums.empty(len(numbers), len(source.numbers))
         for batch in batches:
-            accumulate(basis, targets, source, see(host, basis, nodes, block.depth, tokens, batch, trace(host, batch.ids, stand_ins)), sums)
+            accumulate(basis, targets, source, see(host, basis, nodes, block.depth, tokens, batch, subject.trace(batch.ids)), sums)
             bar.update()
         found, mine = finish(targets, source, sums, enough)
         for name, value in found.items():

@@ -9,9 +9,10 @@ replacement model"). The frozen run goes through the library's own forward pass:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -49,14 +50,16 @@ class Trace:
 
 
 @contextmanager
-def eager(model) -> Iterator[None]:
-    """Attention that returns its patterns, inside the block."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+def eager(configs: Sequence[Any]) -> Iterator[None]:
+    """Attention that returns its patterns, inside the block, wherever one of `configs` is read."""
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = "eager"
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
 
 
 @contextmanager
@@ -109,7 +112,7 @@ def trace(host: Host, ids: Int[Tensor, "row token"], stand_ins: Mapping[str, nn.
             ends[f"{name} in"] = args[0].detach()
         return hook
 
-    with eager(model), hooks() as handles:
+    with eager([model.config, *(part.config for part in stand_ins.values())]), hooks() as handles:
         for site in host.sites:
             handles.append(host.module(site.norm).register_forward_hook(stream(site.name), with_kwargs=True))
             handles.append(host.module(site.writes).register_forward_hook(wrote(site.name)))

@@ -6,11 +6,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from graphs.activations import record
 from graphs.architectures import ARCHITECTURES, neurons, post_norm, sites, value_output
 from graphs.components import of_attention
 from graphs.dictionary import Dictionary, Gated, JumpReLU, Part, ReLU, TopK, of_neurons, skip
-from graphs.edges import activations, contributions, drives, errors, logit_reading, reading, virtual_weights, writes
+from graphs.edges import Reconstruction, activations, contributions, drives, errors, logit_reading, reading, virtual_weights, writes
 from graphs.host import Host
+from graphs.replace import from_noise
 from graphs.trace import FINAL, Frozen, trace
 
 TOKENS, FEATURES = 7, 20
@@ -195,3 +197,17 @@ def test_an_unknown_class_is_refused_by_name():
     with pytest.raises(ValueError, match="BloomForCausalLM is not supported yet; supported: Llama"):
         sites(model)
     assert FINAL
+
+
+def test_stand_in_attention_routes_its_own_components_inside_the_host(tiny_host):
+    replacement = from_noise(tiny_host, 12, 0)
+    stand_ins = {site.name: replacement.part(site) for site in replacement.sites if site.kind == "attention"}
+    subject, ids = Reconstruction(tiny_host, replacement.basis(), stand_ins), torch.randint(3, 500, (1, TOKENS))
+    found = subject.trace(ids)
+    for site in tiny_host.sites[:3]:
+        seen, part = found.sites[site.name], replacement.part(site)
+        wanted = part(seen.x) if site.kind == "mlp" else part(seen.x, position_embeddings=record(tiny_host, ids).rotary, attention_mask=None)[0]
+        assert torch.allclose(seen.y - errors(subject.basis[site.name], seen), wanted, atol=1e-5)
+    own = Reconstruction(replacement.host(), replacement.basis())
+    found = own.trace(ids)
+    assert max(float(errors(own.basis[name], seen).abs().max()) for name, seen in found.sites.items()) < 1e-5

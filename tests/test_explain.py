@@ -13,7 +13,6 @@ from distill.runs import reopen
 from evals.tasks import TASKS, table
 from graphs.edges import activations
 from graphs.equations import equation, listing
-from graphs.trace import trace
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +41,10 @@ def test_a_node_is_explained_with_its_remainder_and_real_contexts(folder, capsys
     total = sum(term["flow"] for term in found["equation"]["terms"]) + found["equation"]["rest"] + found["equation"]["constant"]
     drives, best = [], 0.0
     for batch in opened.sample(16):
-        seen = trace(opened.host, batch.ids).sites["L1.mlp"]
+        seen = opened.subject.trace(batch.ids).sites["L1.mlp"]
         place = node - graph.index.by_name["L1.mlp"].start
-        a = activations(opened.basis["L1.mlp"], seen)[batch.real][:, place]
-        drives.append(opened.basis["L1.mlp"].drive(seen.x)[batch.real][:, place][a > 0])
+        a = activations(opened.subject.basis["L1.mlp"], seen)[batch.real][:, place]
+        drives.append(opened.subject.basis["L1.mlp"].drive(seen.x)[batch.real][:, place][a > 0])
         best = max(best, float(a.max()))
     assert total == pytest.approx(float(torch.cat(drives).mean()), abs=1e-3)
     assert found["contexts"][0]["activation"] == pytest.approx(best, abs=1e-4)

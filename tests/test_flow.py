@@ -5,7 +5,7 @@ import torch
 
 from graphs.batches import Batch
 from graphs.components import Components
-from graphs.edges import activations, contributions, reading, reads
+from graphs.edges import Reconstruction, activations, contributions, reading, reads
 from graphs.flow import build
 from graphs.trace import trace
 from tests.test_edges import FEATURES, random_basis, tiny
@@ -62,7 +62,7 @@ def test_flow_is_what_a_slow_loop_finds(name, place):
     host = tiny(name)
     basis, site = random_basis(host), host.sites[place]
     node = int(torch.where(reads(basis[site.name]).abs().sum(1) > 0)[0][-6])
-    graph = build(host, basis, batches(), enough=1.1)
+    graph = build(Reconstruction(host, basis), batches(), enough=1.1)
     wanted = slow(host, basis, site, node)
     edges = range(*graph.into(graph.index.by_name[site.name].start + node).indices(len(graph.src)))
     assert len(edges) > FEATURES
@@ -79,16 +79,16 @@ def test_flow_is_what_a_slow_loop_finds(name, place):
 def test_blocks_change_nothing_and_too_little_memory_is_refused():
     host = tiny("LlamaForCausalLM")
     basis = random_basis(host)
-    whole, blocked = build(host, basis, batches()), build(host, basis, batches(), memory=30_000)
+    whole, blocked = build(Reconstruction(host, basis), batches()), build(Reconstruction(host, basis), batches(), memory=30_000)
     assert torch.equal(whole.src, blocked.src) and torch.allclose(whole.flow, blocked.flow, atol=1e-6)
     with pytest.raises(ValueError, match=r"^--memory 0: one target of L0.attention needs .* MB; give more$"):
-        build(host, basis, batches(), memory=100)
+        build(Reconstruction(host, basis), batches(), memory=100)
 
 
 def test_stored_parents_carry_what_was_asked_and_no_more_than_needed():
     host = tiny("LlamaForCausalLM")
     basis = random_basis(host)
-    graph = build(host, basis, batches(), enough=0.8)
+    graph = build(Reconstruction(host, basis), batches(), enough=0.8)
     node = graph.index.find("L1.F3")
     shares = graph.share[graph.into(node)]
     assert float(graph.explained[node]) == pytest.approx(float(shares.sum()), abs=1e-5)
@@ -98,7 +98,7 @@ def test_stored_parents_carry_what_was_asked_and_no_more_than_needed():
 
 def test_a_graph_survives_its_folder(tmp_path):
     host = tiny("GPT2LMHeadModel")
-    graph = build(host, random_basis(host), batches())
+    graph = build(Reconstruction(host, random_basis(host)), batches())
     graph.save(tmp_path)
     again = type(graph).load(tmp_path)
     assert torch.equal(graph.share, again.share) and graph.index == again.index
@@ -108,7 +108,7 @@ def test_a_graph_survives_its_folder(tmp_path):
 
 def test_names_find_their_nodes_and_wrong_names_are_refused_in_a_sentence():
     host = tiny("LlamaForCausalLM")
-    nodes = build(host, random_basis(host), batches(), only=["L0.mlp"]).index
+    nodes = build(Reconstruction(host, random_basis(host)), batches(), only=["L0.mlp"]).index
     for name in ("L1.F3", "L0.H2.C1", "L1.attention.error", "L0.mlp.bias"):
         assert nodes.name(nodes.find(name)) == name
     with pytest.raises(ValueError, match=r"L0\.F99: layer 0 has F0 to F22"):
