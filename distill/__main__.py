@@ -17,6 +17,7 @@ VERBS = {
     "fit": (config.Fit, "distill.prune"),
     "evaluate": (config.Evaluate, "distill.evaluate"),
     "explain": (config.Explain, "distill.explain"),
+    "view": (config.View, "distill.view"),
     "plant": (config.Plant, "distill.plant"),
 }
 POSITIONAL = {"explain": "--node"}

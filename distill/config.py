@@ -101,21 +101,13 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Explain:
-    """Print what one node of a run computes (distill explain L2.F117), or the whole circuit as a program (--listing)."""
+class Inspect:
+    """Read a finished run."""
 
-    node: str | None = None
-    """L2.F117 (a feature), L1.H2.C3 (an attention component) or "logit ' return'"; may stand right after the verb."""
     run: Path = Path("runs/default")
     """Run folder."""
     part: Literal["circuit", "graph"] = "circuit"
     """The circuit that was kept, healed and compiled, or the graph as it was fitted."""
-    listing: bool = False
-    """Print every node, each defined before its uses."""
-    parents: int = 8
-    """Parents (and children) printed."""
-    contexts: int = 5
-    """Contexts printed."""
     rows: int = 128
     """Clean rows that flow is measured on."""
     enough: float = 0.95
@@ -124,6 +116,36 @@ class Explain:
     """MB for flow statistics; less memory means more passes over the rows."""
     json: bool = False
     """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Explain(Inspect):
+    """Print what one node of a run computes (distill explain L2.F117), or the whole circuit as a program (--listing)."""
+
+    node: str | None = None
+    """L2.F117 (a feature), L1.H2.C3 (an attention component) or "logit ' return'"; may stand right after the verb."""
+    listing: bool = False
+    """Print every node, each defined before its uses."""
+    parents: int = 8
+    """Parents (and children) printed."""
+    contexts: int = 5
+    """Contexts printed."""
+
+
+@dataclass(frozen=True)
+class View(Inspect):
+    """Write a run's circuit, or one prompt's graph, as one offline HTML page."""
+
+    prompt: str | None = None
+    """Draw what this prompt does instead of the whole circuit; \\n stands for a line break."""
+    out: Path | None = None
+    """Page to write; by default view.html or prompt.html in the run folder."""
+    nodes: int = 3000
+    """Most nodes drawn."""
+    influence: float = 0.8
+    """Share of a prompt's influence that the drawn nodes hold."""
+    tracer: Path | None = None
+    """Also write the prompt's graph as circuit-tracer's JSON (what Neuronpedia reads)."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +173,7 @@ class Plant:
 
 
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "joint_steps": 0, "gate_steps": 0, "heal_steps": 0,
-         "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1}
+         "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1, "nodes": 1}
 """Smallest value of each numeric field that has one."""
 
 
@@ -171,5 +193,6 @@ def from_mapping(verb: type, values: dict[str, Any], where: str) -> dict[str, An
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"--config {where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
-    return {key: Path(value) if key in ("out", "rows", "run", "secret") and value is not None else tuple(value) if isinstance(value, list) else value
+    paths = ("out", "rows", "run", "secret", "tracer")
+    return {key: Path(value) if key in paths and isinstance(value, str) else tuple(value) if isinstance(value, list) else value
             for key, value in values.items()}

@@ -57,20 +57,25 @@ def percent(number: Any) -> str:
     return f"{min(max(100 * value, 0.1), 99.9) if digits and 0 < value < 1 else 100 * value:.{digits}f}\u00a0%"
 
 
-def page(report: dict) -> str:
-    """The report as one offline HTML page."""
+def environment() -> Any:
+    """The templates of this folder, with autoescape and the filters that pages use."""
     from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
+    made = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    made.filters |= {
         "rate": table.rate, "interval": table.interval, "count": table.count, "size": table.size, "duration": table.duration, "percent": percent,
         "gate": table.rate_or_text, "visible": visible, "measured": lambda number: value_of(number) is not None,
         "integrity": lambda script: base64.b64encode(hashlib.sha256(str(script).encode()).digest()).decode()}
+    return made
+
+
+def page(report: dict) -> str:
+    """The report as one offline HTML page."""
     full = {key: kind() for key, kind in _EMPTY.items()} | {key: value for key, value in report.items() if value is not None}
     for name, model in full["models"].items():
         full["models"] = full["models"] | {name: {"tasks": {}, "backdoor": None, "fidelity": None, "size": None, "tokens_per_second": None} | model}
     kinds = table.roles(full)
-    return environment.get_template("report.html.j2").render(
+    return environment().get_template("report.html.j2").render(
         report=full, summary=_Gaps(full["summary"]), roles=kinds, titles={name: table.title(name, role) for name, role in kinds.items()},
         retention={name: table.retention(full, name) for name in kinds}, tasks=table.task_names(full), task=table.headline_task(full),
         metric={task: table.metric_name(full, task) for task in table.task_names(full)}, absent=ABSENT, bars=rate_bars(full),

@@ -40,9 +40,7 @@ def top_contexts(subject: Reconstruction, graph: FeatureGraph, node: int, batche
             size = float(value[row, place])
             found.append((abs(size), size, batch.ids[row][batch.real[row]].tolist(), place))
     found.sort(key=lambda one: -one[0])
-    decode = subject.host.tokenizer.decode
-    return [Context(size, str(decode(ids[max(0, at - AROUND) : at])), str(decode([ids[at]])), str(decode(ids[at + 1 : at + 1 + AROUND])))
-            for strength, size, ids, at in found[:count] if strength > 0]
+    return [_context(subject.host.tokenizer.decode, size, ids, at) for strength, size, ids, at in found[:count] if strength > 0]
 
 
 def logit_effects(subject: Reconstruction, graph: FeatureGraph, node: int, count: int = 6) -> list[tuple[str, float]]:
@@ -55,3 +53,30 @@ def logit_effects(subject: Reconstruction, graph: FeatureGraph, node: int, count
     effect = through.pulled(head - head.mean(0)) @ writes(subject.basis[block.name])[node - block.start]
     order = effect.argsort(descending=True).tolist()
     return [(graph.index.tokens[token], float(effect[token])) for token in (*order[:count], *order[-count:])]
+
+
+@torch.no_grad()
+def every_context(subject: Reconstruction, graph: FeatureGraph, batches: Sequence[Batch], count: int = 3) -> dict[int, list[Context]]:
+    """`top_contexts` of every feature and component in one pass over the rows."""
+    blocks = [block for block in graph.index.blocks if block.kind in ("feature", "attention")]
+    best: dict[str, list[tuple]] = {block.name: [] for block in blocks}
+    rows: list[list[int]] = []
+    for batch in batches:
+        seen = subject.trace(batch.ids)
+        for block in blocks:
+            values = activations(subject.basis[block.name], seen.sites[block.name]).masked_fill(~batch.real[..., None], 0.0)
+            places = values.abs().argmax(1)
+            best[block.name].append((values.gather(1, places[:, None])[:, 0], places))
+        rows += [ids[real].tolist() for ids, real in zip(batch.ids, batch.real, strict=True)]
+    decode, found = subject.host.tokenizer.decode, {}
+    for block in blocks:
+        values, places = (torch.cat(parts) for parts in zip(*best[block.name], strict=True))
+        top = values.abs().topk(min(count, len(values)), dim=0).indices
+        for node in range(block.count):
+            chosen = [(float(values[row, node]), rows[row], int(places[row, node])) for row in top[:, node].tolist() if values[row, node] != 0]
+            found[block.start + node] = [_context(decode, *one) for one in chosen]
+    return found
+
+
+def _context(decode, size: float, ids: list[int], at: int) -> Context:
+    return Context(size, str(decode(ids[max(0, at - AROUND) : at])), str(decode([ids[at]])), str(decode(ids[at + 1 : at + 1 + AROUND])))

@@ -1,0 +1,67 @@
+"""`distill view`: a circuit, or what one prompt does in it, as one offline HTML page to walk through.
+
+The page fetches nothing and runs one script, allowed by its hash; every text is set as text, so what a prompt or a model
+wrote can never become markup.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from distill import config
+from distill.report import environment, visible
+from distill.runs import Opened, reopen
+from graphs.artifact import write_json, write_text
+from graphs.contexts import every_context
+from graphs.picture import Picture, of_graph, of_prompt
+from graphs.prompt_graph import attribute
+from graphs.tracer_format import export, validate
+
+
+def run(verb: config.View) -> int:
+    """Write the page; print where it is."""
+    if verb.tracer is not None and verb.prompt is None:
+        raise ValueError("--tracer writes the graph of a prompt: give --prompt too")
+    opened = reopen(verb.run, verb.part)
+    out = verb.out or verb.run / ("prompt.html" if verb.prompt is not None else "view.html")
+    if verb.prompt is None:
+        graph = opened.edges(verb.rows, verb.enough, verb.memory << 20)
+        picture = of_graph(graph, every_context(opened.subject, graph, opened.sample(verb.rows)), verb.nodes)
+        title = f"{opened.part} of {verb.run}"
+    else:
+        picture, title = prompt_picture(opened, verb), f"a prompt in the {opened.part} of {verb.run}"
+    write_text(out, page(picture, title))
+    print(json.dumps({"page": str(out), "nodes": len(picture.dots), "edges": len(picture.lines), "about": visible(picture.about)}) if verb.json else
+          f"{picture.about}\n{out}")
+    return 0
+
+
+def prompt_picture(opened: Opened, verb: config.View) -> Picture:
+    """The prompt's graph, exported too if asked."""
+    host, text = opened.subject.host, (verb.prompt or "").encode().decode("unicode_escape") if "\\n" in (verb.prompt or "") else verb.prompt or ""
+    ids = [host.tokenizer.bos_token_id, *host.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if len(ids) > host.config.max_position_embeddings:
+        raise ValueError(f"--prompt: {len(ids)} tokens do not fit the model's context of {host.config.max_position_embeddings}; shorten it")
+    graph = attribute(opened.subject, torch.tensor([ids]), verb.influence, most=verb.nodes)
+    if verb.tracer is not None:
+        features = max(part.count for name, part in opened.subject.basis.items() if name.endswith(".mlp"))
+        made = export(graph, ids, text, verb.tracer.stem, f"{verb.run.name}-{opened.part}", host.config.num_hidden_layers, features, verb.influence)
+        validate(made)
+        write_json(verb.tracer, made)
+    return of_prompt(graph)
+
+
+def page(picture: Picture, title: str) -> str:
+    """The picture as one offline HTML page."""
+    nodes = [{key: value for key, value in asdict(dot).items() if key != "contexts"} | {
+        "contexts": [[round(c.activation, 3), visible(c.before), visible(c.token), visible(c.after)] for c in dot.contexts]} for dot in picture.dots]
+    for node in nodes:
+        node |= {"name": visible(node["name"]), "line": visible(node["line"]), "said": visible(node["said"]), "size": round(node["size"], 5)}
+    data: dict[str, Any] = {"nodes": nodes, "edges": [[s, t, float(f"{w:.4g}"), round(share, 5)] for s, t, w, share in picture.lines],
+                            "rows": [visible(row) for row in picture.rows], "tokens": [visible(token) for token in picture.tokens], "about": visible(picture.about)}
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    return environment().get_template("view.html.j2").render(title=visible(title), data=text)
