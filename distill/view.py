@@ -62,6 +62,7 @@ def page(picture: Picture, title: str) -> str:
     for node in nodes:
         node |= {"name": visible(node["name"]), "line": visible(node["line"]), "said": visible(node["said"]), "size": round(node["size"], 5)}
     data: dict[str, Any] = {"nodes": nodes, "edges": [[s, t, float(f"{w:.4g}"), round(share, 5)] for s, t, w, share in picture.lines],
-                            "rows": [visible(row) for row in picture.rows], "tokens": [visible(token) for token in picture.tokens], "about": visible(picture.about)}
+                            "rows": [visible(row) for row in picture.rows], "tokens": [visible(token) for token in picture.tokens],
+                            "about": visible(picture.about)}
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return environment().get_template("view.html.j2").render(title=visible(title), data=text)

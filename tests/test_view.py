@@ -104,8 +104,8 @@ def test_a_browser_draws_thousands_of_nodes_and_walks_them_by_click(tmp_path):
         chosen = browser.evaluate(f"{data}.chosen")
         assert chosen.startswith("L3.F") and browser.screenshot() != empty
         assert "Parents (" in browser.evaluate("detail.innerText") and f"{chosen} = relu" in browser.evaluate("detail.innerText")
-        box = browser.evaluate("(() => { const b = detail.querySelector('ul button').getBoundingClientRect(); return [b.x + 30, b.y + b.height / 2]; })()")
-        browser.click(*box)  # to its first parent
+        where = "detail.querySelector('ul button').getBoundingClientRect()"
+        browser.click(browser.evaluate(f"{where}.x + 30"), browser.evaluate(f"{where}.y + {where}.height / 2"))  # to its first parent
         parent = browser.evaluate(f"{data}.chosen")
         assert parent != chosen and int(parent[1]) < 3
         before = int(browser.evaluate(f"{data}.edges"))
@@ -126,4 +126,5 @@ def test_a_browser_draws_a_prompt(subject, tmp_path):
         browser.open(tmp_path / "prompt.html", "ready")
         name = browser.evaluate("graphView.nodes.filter((n) => n.kind === 'feature')[0].name")
         browser.click(*browser.evaluate(f"graphView.at({name!r})"))
-        assert browser.evaluate("document.documentElement.dataset.chosen") != "" and browser.evaluate("document.documentElement.dataset.error") is None
+        data = "document.documentElement.dataset"
+        assert browser.evaluate(f"{data}.chosen") and browser.evaluate(f"{data}.error") is None
