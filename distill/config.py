@@ -48,6 +48,8 @@ class Prune(Fit):
     """Instead of --keep: stored parameters (embeddings apart) of the checkpoint."""
     target: Literal["arcee", "llama"] = "arcee"
     """Class of the checkpoint: Arcee, or Llama with relu (1.5x the MLP parameters, runs more widely)."""
+    attention_nodes: Literal["heads", "components"] = "heads"
+    """What is gated and dropped of attention: whole heads, or the components of heads one by one (a dropped one is stored as zeros)."""
     gate_steps: int = 80
     """Batches of gate training."""
     heal_steps: int | None = None

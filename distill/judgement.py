@@ -144,9 +144,10 @@ def _layers(circuit: dict) -> list[dict]:
     for name, kept in circuit["kept"].items():
         layer, kind = name.split(".")
         entry = layers.setdefault(int(layer[1:]), {"layer": int(layer[1:])})
-        total = circuit["nodes"][name]
+        total, per = circuit["nodes"][name], circuit["size"]["per"]
         if kind == "attention":
-            entry |= {"heads": len(kept), "heads_of": total, "alive_heads": [head in kept for head in range(total)]}
+            alive = {node // per for node in kept}
+            entry |= {"heads": len(alive), "heads_of": total, "alive_heads": [head in alive for head in range(total)]}
         else:
             entry |= {"features": len(kept), "features_of": total}
     return [layers[index] for index in sorted(layers)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from distill import config, stages
@@ -29,7 +30,9 @@ def run(verb: config.Fit) -> int:
     with locked(verb.out):
         job = stages.prepare(model, texts, tasks, verb)
         if not isinstance(verb, config.Prune):
-            print(fit_table(stages.graph_stage(job, model)["quality"], verb.out / "graph"))
+            receipt = stages.graph_stage(job, model)
+            write_json(verb.out / "receipt.json", {"config": asdict(verb), "keys": {"graph": receipt["key"]}})
+            print(fit_table(receipt["quality"], verb.out / "graph"))
             return 0
         times: list[dict] = []
         return finish(verb, model, tasks, stages.road(job, model, verb, times), times)

@@ -30,10 +30,12 @@ from evals.size import parameters
 from evals.tasks import Row, Task
 from graphs.absorb import absorbed, moments
 from graphs.artifact import digest, stage
+from graphs.attention import relabelled
 from graphs.batches import Encoded, Epochs, collate
+from graphs.canonical import canonical
 from graphs.fit import FitConfig, distill, fit, quality, set_means
 from graphs.host import Host, load, save
-from graphs.prune import PruneConfig, Size, family, kept_nodes, learn_gates
+from graphs.prune import PruneConfig, Size, family, kept_nodes, learn_gates, within
 from graphs.replace import Replacement
 from graphs.targets import Targets
 from graphs.train import discard
@@ -106,7 +108,7 @@ def graph_stage(job: Job, model: Path) -> dict:
 
 def gate_settings(verb: config.Prune) -> PruneConfig:
     """The gates' settings from the flags."""
-    return PruneConfig(steps=verb.gate_steps, seed=verb.seed)
+    return PruneConfig(steps=verb.gate_steps, seed=verb.seed, components=verb.attention_nodes == "components")
 
 
 def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
@@ -117,6 +119,8 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
 
     def make(out: Path) -> dict:
         replacement = Replacement.load(job.folder / "graph", job.host)
+        if settings.components:
+            canonical(replacement, job.data)
         order, losses = learn_gates(job.targets, replacement, settings, state, first=verb.fit_steps + verb.joint_steps)
         set_means(replacement, job.data)
         replacement.save(out)
@@ -174,7 +178,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
         chosen.circuit.save(out)
         tuned = {name: sum(right) / len(right) for name, right in tuner.before.items()}
         return {"size": asdict(chosen.size), "curve": curve, "losses": chosen.losses, "tune_before": tuned, "tune_retention": chosen.retention,
-                "kept": {name: kept.tolist() for name, kept in kept_nodes(order, chosen.size).items()}, "nodes": replacement.node_counts(),
+                "kept": {name: kept.tolist() for name, kept in chosen.kept.items()}, "nodes": replacement.node_counts(),
                 "seconds": time.monotonic() - started}
 
     key = digest(gated["key"], verb.share, verb.target_params, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS)
@@ -186,9 +190,11 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
 
 @dataclass(frozen=True)
 class Healed:
-    """A circuit of one size after healing, what it keeps on tune, the least of that less a standard error, the losses of all healing."""
+    """A circuit of one size after healing, the nodes it holds, what it keeps on tune, the least of that less a standard error, the
+    losses of all healing."""
 
     size: Size
+    kept: dict[str, torch.Tensor]
     circuit: Replacement
     retention: dict[str, float]
     certain: float
@@ -205,14 +211,15 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
     healing: LOG.md.)
     """
     first = verb.fit_steps + verb.joint_steps + verb.gate_steps
+    components = verb.attention_nodes == "components"
     curve: list[dict] = []
 
-    def heal(size: Size, circuit: Replacement, steps: int, before: list[float]) -> Healed:
-        label = f"heal {size.heads} heads, {size.features} features"
+    def heal(size: Size, kept: dict, circuit: Replacement, steps: int, before: list[float]) -> Healed:
+        label = f"heal {size.heads} heads, {size.features} features" + (f", {size.components} components" if components else "")
         losses = distill(job.targets, circuit, steps, HEAL_RATE, 0.1, label, state.with_suffix(f".{size.features}"), first, verb.heal_decay)
         found = tuner.retention(circuit.host())
         certain = min(share - error for share, error in found.values())
-        healed = Healed(size, circuit, {name: share for name, (share, _) in found.items()}, certain, before + losses)
+        healed = Healed(size, kept, circuit, {name: share for name, (share, _) in found.items()}, certain, before + losses)
         said = ", ".join(f"{name} {share:.3f} +- {error:.3f}" for name, (share, error) in found.items())
         print(f"{label}: keeps {said} of the model's own on tune; asked {verb.share:.3f}", file=sys.stderr)
         curve.append({**asdict(size), "params": parameters(circuit.model).stored, "retention": healed.retention})
@@ -221,18 +228,19 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
     def passes(healed: Healed) -> bool:
         return healed.certain >= verb.share
 
-    sizes = family(replacement, legal_groups(job.host.config))
+    sizes = family(replacement, legal_groups(job.host.config), components)
     rungs, start = ladder(sizes, replacement, order, gate_settings(verb).target, verb.target_params)
     found = moments(replacement, job.data)
     for place in range(start, len(rungs)):
-        best = heal(rungs[place], absorbed(replacement, kept_nodes(order, rungs[place]), found), verb.healing, [])
+        kept = kept_nodes(order, rungs[place])
+        best = heal(rungs[place], kept, absorbed(replacement, kept, found, components), verb.healing, [])
         if passes(best):
             break
     if passes(best) and place == start and verb.target_params is None:
         for size in reversed(rungs[:start]):
-            now, then = kept_nodes(order, best.size), kept_nodes(order, size)
-            inside = {name: torch.searchsorted(now[name], then[name]) for name in now}
-            smaller = heal(size, absorbed(best.circuit, inside, moments(best.circuit, job.data)), verb.healing // 3, best.losses)
+            then = kept_nodes(within(order, best.kept), size)
+            inside = {name: relabelled(now, then[name], size.per if name.endswith("attention") else 1) for name, now in best.kept.items()}
+            smaller = heal(size, then, absorbed(best.circuit, inside, moments(best.circuit, job.data), components), verb.healing // 3, best.losses)
             if not passes(smaller):
                 break
             best = smaller
@@ -244,7 +252,8 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
 def ladder(sizes: Sequence[Size], replacement: Replacement, order: dict, target: float, budget: int | None) -> tuple[list[Size], int]:
     """The rungs, smallest first, and where to start: the largest rung within `target`, or the one size that a budget allows."""
     if budget is not None:
-        affordable = [size for size in sizes if parameters(replacement.pruned(kept_nodes(order, size)).model).stored <= budget]
+        small = (replacement.pruned(kept_nodes(order, size), size.components is not None) for size in sizes)
+        affordable = [size for size, circuit in zip(sizes, small, strict=True) if parameters(circuit.model).stored <= budget]
         if not affordable:
             raise ValueError(f"--target-params {budget}: even the smallest circuit is larger; ask for more")
         return [affordable[0]], 0

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from graphs.attention import groups, projection
+from graphs.attention import columns as columns_of
+from graphs.attention import projection, relabelled, width
 from graphs.fit import Batches
 from graphs.replace import Replacement
 from graphs.transcoder import Transcoder
@@ -74,15 +75,18 @@ def _regress(inner: Float[Tensor, "kept kept"], cross: Float[Tensor, "kept dropp
 
 
 @torch.no_grad()
-def absorbed(replacement: Replacement, kept: Mapping[str, Int[Tensor, "_kept"]], found: Mapping[str, Moments]) -> Replacement:
-    """`replacement.pruned(kept)` with the dropped nodes absorbed by the kept ones."""
-    small = replacement.pruned(kept)
+def absorbed(
+    replacement: Replacement, kept: Mapping[str, Int[Tensor, "_kept"]], found: Mapping[str, Moments], components: bool = False
+) -> Replacement:
+    """`replacement.pruned(kept, components)` with the dropped nodes absorbed by the kept ones."""
+    small = replacement.pruned(kept, components)
     for site in replacement.sites:
         whole, part, moment = replacement.part(site), small.part(site), found[site.name]
-        columns = kept[site.name]
+        columns = inside = kept[site.name]
         if not isinstance(whole, Transcoder):
-            width = moment.mean.numel() // groups(whole)
-            columns = (columns[:, None] * width + torch.arange(width)).flatten()
+            per = width(whole) if components else 1
+            inside = columns_of(part, relabelled(columns, columns, per), per)
+            columns = columns_of(whole, columns, per)
         others = torch.ones(moment.mean.numel(), dtype=torch.bool)
         others[columns] = False
         if not others.any():
@@ -95,5 +99,5 @@ def absorbed(replacement: Replacement, kept: Mapping[str, Int[Tensor, "_kept"]],
             part.b_dec.add_(constant - moment.mean[columns] @ moved)
         else:
             b = _regress(moment.second[columns][:, columns], moment.second[columns][:, others])
-            projection(part, "o_proj").weight.add_((b @ projection(whole, "o_proj").weight[:, others].T).T)
+            projection(part, "o_proj").weight[:, inside] += (b @ projection(whole, "o_proj").weight[:, others].T).T
     return small

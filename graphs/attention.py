@@ -2,9 +2,12 @@
 
 Attention left as it was, or cut to the rank of clean text, leaks a backdoor's first token; refitted on clean text like
 the MLPs, it does not (LOG.md). So each attention layer starts again from random weights of the same shapes and learns, on
-its own clean inputs, what each of its heads writes and what the layer writes. A node is a KV group (with multi-head
-attention: a head): the unit whose rows can leave q, k, v and o together. A gate of 0 silences the group before the output
-projection.
+its own clean inputs, what each of its heads writes and what the layer writes.
+
+Its nodes are KV groups (with multi-head attention: heads), the unit whose rows can leave q, k, v and o together, or their
+components (`graphs.components`): the value dimensions of a group, numbered group by group. A gate of 0 silences a node
+before the output projection; a dropped component's value row and output columns become zeros, and healing cannot wake it,
+since each factor of a product of zeros has the gradient zero.
 """
 
 from __future__ import annotations
@@ -21,12 +24,12 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class GroupGate:
-    """A forward pre-hook of the output projection that scales each KV group's heads."""
+    """A forward pre-hook of the output projection that scales what each KV group's heads, or each of its components, hand to it."""
 
-    def __init__(self, width: int) -> None:
-        self.width = width
-        """Columns of the output projection that belong to one group."""
-        self.gate: Float[Tensor, "group"] | None = None
+    def __init__(self, groups: int, width: int) -> None:
+        self.groups, self.width = groups, width
+        """KV groups, and components of each."""
+        self.gate: Float[Tensor, "node"] | None = None
         self.last: Tensor | None = None
         """What the heads last wrote, side by side; set only while `watch` is on."""
         self.watch = False
@@ -36,7 +39,9 @@ class GroupGate:
             self.last = inputs[0]
         if self.gate is None:
             return None
-        return (inputs[0] * self.gate.repeat_interleave(self.width), *inputs[1:])
+        heads = inputs[0].shape[-1] // (self.groups * self.width)
+        gate = self.gate.view(self.groups, 1, -1).expand(self.groups, heads, self.width)
+        return (inputs[0] * gate.flatten(), *inputs[1:])
 
 
 def projection(attention: nn.Module, name: str) -> nn.Linear:
@@ -64,9 +69,40 @@ def groups(attention: nn.Module) -> int:
     return projection(attention, "k_proj").out_features // attention.head_dim  # type: ignore[operator, return-value]
 
 
-def group_width(attention: nn.Module) -> int:
-    """Columns of the output projection that one KV group feeds."""
-    return projection(attention, "o_proj").in_features // groups(attention)
+def width(attention: nn.Module) -> int:
+    """Components of one KV group."""
+    return int(attention.head_dim)  # type: ignore[arg-type]
+
+
+def columns(attention: nn.Module, nodes: Int[Tensor, "node"], per: int) -> Int[Tensor, "column"]:
+    """Columns of the output projection that nodes feed. per: nodes a group has (1: the group itself, else its components)."""
+    heads, wide = projection(attention, "o_proj").in_features // groups(attention) // width(attention), width(attention)
+    inside = torch.arange(heads * wide).view(1, heads, wide)
+    if per == 1:
+        return (nodes[:, None, None] * heads * wide + inside).flatten()
+    return ((nodes // per)[:, None] * heads * wide + torch.arange(heads) * wide + (nodes % per)[:, None]).flatten().sort().values
+
+
+def relabelled(now: Int[Tensor, "now"], then: Int[Tensor, "then"], per: int) -> Int[Tensor, "then"]:
+    """The numbers that the nodes `then` have in a layer of which only `now` were kept: groups close ranks, components stay in place."""
+    return torch.searchsorted((now // per).unique(), then // per) * per + then % per
+
+
+def keep_nodes(attention: nn.Module, kept: Int[Tensor, "kept"], per: int) -> nn.Module:
+    """A smaller copy without the KV groups that lost every node; dropped components of the others become zeros."""
+    small = keep_groups(attention, (kept // per).unique())
+    if per > 1:
+        alive = torch.zeros(groups(small) * per)
+        alive[relabelled(kept, kept, per)] = 1.0
+        silent = torch.ones(projection(small, "o_proj").in_features)
+        silent[columns(small, alive.nonzero().flatten(), per)] = 0.0
+        values = projection(small, "v_proj")
+        with torch.no_grad():
+            values.weight.mul_(alive[:, None])
+            projection(small, "o_proj").weight.mul_(1 - silent)
+            if values.bias is not None:
+                values.bias.mul_(alive)
+    return small
 
 
 def set_components(attention: nn.Module, components: Components) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,8 @@ STEP = 16
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """target: share of nodes that the gates are drawn to; draw: weight of that penalty; rows a score batch."""
+    """target: share of nodes that the gates are drawn to; draw: weight of that penalty; components: attention's nodes are the
+    components of its heads instead of the heads; score_batches: batches that scores are taken on."""
 
     steps: int = 120
     target: float = 0.66
@@ -45,16 +46,20 @@ class PruneConfig:
     learning_rate: float = 1e-3
     prompt_weight: float = 0.1
     score_batches: int = 12
+    components: bool = False
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Size:
-    """One member of the nested family."""
+    """One member of the nested family. components: how many of attention's a layer keeps among those of its kept heads, or None
+    where all of them stay; per: components a KV group has."""
 
     share: float
     heads: int
     features: int
+    components: int | None = None
+    per: int = 1
 
 
 class Gates(nn.Module):
@@ -84,10 +89,11 @@ class Gates(nn.Module):
 
 def scores(replacement: Replacement, batches: Batches, config: PruneConfig) -> dict[str, Float[Tensor, "_node"]]:
     """Mean squared gradient of the next-token loss with respect to each gate at 1."""
-    totals = {name: torch.zeros(count) for name, count in replacement.node_counts().items()}
+    counts = replacement.node_counts(config.components)
+    totals = {name: torch.zeros(count) for name, count in counts.items()}
     for step in range(config.score_batches):
         batch = batches(step)
-        gates = {name: torch.ones(count, requires_grad=True) for name, count in replacement.node_counts().items()}
+        gates = {name: torch.ones(count, requires_grad=True) for name, count in counts.items()}
         with replacement.gated(gates):
             logits = replacement(batch.ids)
             labels = batch.ids[:, 1:].masked_fill(~batch.completion[:, 1:], -100)
@@ -122,8 +128,9 @@ def learn_gates(
     return dict(zip(gates.names, [logit.detach() for logit in gates.logits], strict=True)), losses
 
 
-def family(replacement: Replacement, legal_heads: tuple[int, ...]) -> list[Size]:
+def family(replacement: Replacement, legal_heads: tuple[int, ...], components: bool = False) -> list[Size]:
     """The nested sizes, largest first: every legal group count with every feature count of the same share or the next."""
+    every = replacement.node_counts(True)
     counts = replacement.node_counts()
     width = max(count for name, count in counts.items() if name.endswith("mlp"))
     heads = max(count for name, count in counts.items() if name.endswith("attention"))
@@ -131,14 +138,32 @@ def family(replacement: Replacement, legal_heads: tuple[int, ...]) -> list[Size]
     for features in range(width, 0, -STEP):
         share = features / width
         allowed = [h for h in legal_heads if h >= share * heads - 1e-9]
-        sizes.append(Size(share, min(allowed, default=heads), features))
+        few = Size(share, min(allowed, default=heads), features)
+        if components:
+            most = max(count for name, count in every.items() if name.endswith("attention"))
+            few = replace(few, components=math.ceil(share * most), per=most // heads)
+        sizes.append(few)
     return sizes
 
 
+def within(order: Mapping[str, Float[Tensor, "_node"]], kept: Mapping[str, Int[Tensor, "_kept"]]) -> dict[str, Float[Tensor, "_node"]]:
+    """The order with all nodes but the kept ones shut, so that what is kept next is a subset."""
+    return {name: torch.full_like(logit, -torch.inf).index_copy(0, kept[name], logit[kept[name]]) for name, logit in order.items()}
+
+
 def kept_nodes(order: Mapping[str, Float[Tensor, "_node"]], size: Size) -> dict[str, Int[Tensor, "_kept"]]:
-    """The best nodes of every site at `size`, in their original order."""
+    """The best nodes of every site at `size`, in their original order. The best components stand in the heads whose components
+    are open most, together: a head is stored whole."""
     kept = {}
     for name, logit in order.items():
-        count = min(len(logit), size.features if name.endswith("mlp") else size.heads)
+        if name.endswith("attention") and size.components is not None:
+            by_group = logit.view(-1, size.per)
+            best = by_group.sigmoid().sum(1).topk(min(len(by_group), size.heads)).indices
+            allowed = torch.full_like(by_group, -torch.inf)
+            allowed[best] = by_group[best]
+            logit = allowed.flatten()
+            count = min(size.components, int(logit.isfinite().sum()))
+        else:
+            count = min(len(logit), size.features if name.endswith("mlp") else size.heads)
         kept[name] = logit.topk(count).indices.sort().values
     return kept

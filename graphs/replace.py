@@ -1,8 +1,8 @@
 """Running the graph: the host with every MLP and attention layer replaced by its dictionary, and no error nodes.
 
 A `Replacement` shares nothing with the host it came from. Embeddings and unembedding are the host's and stay frozen;
-norms are copied and may be healed. Every sublayer has node gates: features of a transcoder (mean-ablated at 0) and KV
-groups of an attention layer (silenced at 0). `pruned` makes the gates physical, so what is healed, explained, run and
+norms are copied and may be healed. Every sublayer has node gates: features of a transcoder (mean-ablated at 0), and KV
+groups of an attention layer or their components (silenced at 0). `pruned` makes the gates physical, so what is healed, explained, run and
 compiled is one and the same object.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graphs.architectures import Site, value_output
 from graphs.artifact import read_json, write_json
-from graphs.attention import GroupGate, group_width, groups, keep_groups, refreshed
+from graphs.attention import GroupGate, groups, keep_groups, keep_nodes, refreshed, width
 from graphs.components import Components, of_attention
 from graphs.dictionary import Dictionary
 from graphs.edges import Basis
@@ -40,7 +40,7 @@ class Replacement(nn.Module):
             setattr(self.model.get_submodule(parent), leaf, parts[site.name])
             if site.kind == "attention":
                 parts[site.name].config = self.model.config  # type: ignore[assignment]  # one for all: `trace` changes how attention runs
-                gate = self.group_gates[site.name] = GroupGate(group_width(parts[site.name]))
+                gate = self.group_gates[site.name] = GroupGate(groups(parts[site.name]), width(parts[site.name]))
                 parts[site.name].get_submodule("o_proj").register_forward_pre_hook(gate)
         for parameter in (*self.model.get_input_embeddings().parameters(), *self.model.get_output_embeddings().parameters()):
             parameter.requires_grad_(False)
@@ -55,9 +55,13 @@ class Replacement(nn.Module):
         """The transcoders by site name."""
         return {site.name: part for site in self.sites if isinstance(part := self.part(site), Transcoder)}
 
-    def node_counts(self) -> dict[str, int]:
-        """Nodes at each site: features, or KV groups."""
-        return {site.name: part.features if isinstance(part := self.part(site), Transcoder) else groups(part) for site in self.sites}
+    def node_counts(self, components: bool = False) -> dict[str, int]:
+        """Nodes at each site: features, and KV groups or their components."""
+        found = {}
+        for site in self.sites:
+            part = self.part(site)
+            found[site.name] = part.features if isinstance(part, Transcoder) else groups(part) * (width(part) if components else 1)
+        return found
 
     def basis(self) -> Basis:
         """The nodes of the graph this replacement runs: features, and attention components."""
@@ -90,12 +94,13 @@ class Replacement(nn.Module):
         for name, hook in self.group_gates.items():
             hook.gate = gates.get(name)
 
-    def pruned(self, kept: Mapping[str, Int[Tensor, "_kept"]]) -> Replacement:
-        """A physically smaller replacement that holds only the kept nodes."""
+    def pruned(self, kept: Mapping[str, Int[Tensor, "_kept"]], components: bool = False) -> Replacement:
+        """A physically smaller replacement that holds only the kept nodes. components: attention's are components, not groups."""
         parts: dict[str, nn.Module] = {}
         for site in self.sites:
             part = self.part(site)
-            parts[site.name] = part.keep(kept[site.name]) if isinstance(part, Transcoder) else keep_groups(part, kept[site.name])
+            parts[site.name] = part.keep(kept[site.name]) if isinstance(part, Transcoder) else keep_nodes(
+                part, kept[site.name], width(part) if components else 1)
         return Replacement(self.host(), parts)
 
     def save(self, folder: Path) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from graphs.artifact import read_json, write_json
-from graphs.dictionary import Dictionary, Part
+from graphs.dictionary import Act, Dictionary, Gated, Identity, JumpReLU, Part, ReLU, TopK
 
 
 class Transcoder(nn.Module):
@@ -98,3 +98,31 @@ class Transcoder(nn.Module):
                 getattr(loaded, name).copy_(weights[key])
             loaded.mean.copy_(load_file(folder / "means.safetensors")["mean"])
         return loaded
+
+
+def relu_units(part: Part) -> Part:
+    """The part as ReLU units that compute the same: what a stock MLP holds. Raises ValueError where there are none, with the way out."""
+    match part.gate:
+        case ReLU():
+            return part
+        case Identity():  # x = relu(x) - relu(-x)
+            both = (torch.cat([part.read, -part.read]), torch.cat([part.bias, -part.bias]), torch.cat([part.write, -part.write]))
+            return Part(*both)
+        case JumpReLU():
+            raise ValueError("JumpReLU jumps at its threshold and no stock MLP does: refit with ReLU (distill fit), or run the graph itself")
+        case TopK():
+            raise ValueError("TopK looks at all features of a token and no stock MLP does: refit with ReLU (distill fit), or run the graph itself")
+        case Act(name):
+            raise ValueError(f"{name} neurons live only in a class with that activation: keep the model's own MLP, or refit with ReLU (distill fit)")
+        case Gated(name):
+            raise ValueError(f"gated {name} neurons live only in a class with a gated MLP: keep the model's own, or refit with ReLU (distill fit)")
+
+
+def of_dictionary(dictionary: Dictionary) -> Transcoder:
+    """A transcoder that computes the same, to be healed and compiled. Raises ValueError as `relu_units` does."""
+    whole = Dictionary(tuple(relu_units(part) for part in dictionary.parts), dictionary.constant)
+    made = Transcoder(whole.count, whole.read.shape[1], whole.write.shape[1])
+    with torch.no_grad():
+        for name, value in (("w_enc", whole.read), ("b_enc", whole.bias), ("w_dec", whole.write), ("b_dec", whole.constant)):
+            getattr(made, name).copy_(value)
+    return made

@@ -42,6 +42,19 @@ def test_absorption_beats_mean_ablation_on_other_text(tiny_host, data):
     assert good < plain
 
 
+def test_absorbed_components_are_the_best_linear_stand_in_for_the_dropped_ones(tiny_host, data):
+    made = from_noise(tiny_host, 8, 0)
+    kept = {site.name: torch.arange(0, 48, 3) if site.kind == "attention" else torch.arange(8) for site in made.sites}
+    kept["L1.attention"] = torch.arange(0, 32, 2)  # its third head goes
+    batch, found = data(0), moments(made, data, 4)
+    with torch.no_grad():
+        whole = made(batch.ids)
+        good, plain = absorbed(made, kept, found, components=True), made.pruned(kept, components=True)
+        assert good.node_counts()["L1.attention"] == 2 and good.node_counts()["L0.attention"] == 3
+        lost, before = ((m(batch.ids) - whole)[batch.real].square().mean() for m in (good, plain))
+    assert lost < before
+
+
 def test_moments_are_those_of_the_activations(tiny_host, data):
     made = from_noise(tiny_host, 8, 0)
     found, batch = moments(made, data, 1), data(0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from graphs.attention import GroupGate, group_width, groups, keep_groups
+from graphs.attention import GroupGate, groups, keep_groups, keep_nodes, relabelled, width
 
 
 @pytest.mark.parametrize(("heads", "kv", "bias"), [(4, 4, False), (4, 2, False), (8, 4, True)])
@@ -19,9 +19,45 @@ def test_keeping_groups_equals_silencing_the_others(heads, kv, bias):
             attention.get_submodule(name).bias.normal_()
     rotary = model.model.rotary_emb(x, torch.arange(7)[None])
     small = keep_groups(attention, kept.unique())
-    gate = GroupGate(group_width(attention))
+    gate = GroupGate(groups(attention), width(attention))
     gate.gate = torch.zeros(kv).index_fill(0, kept, 1.0)
     attention.o_proj.register_forward_pre_hook(gate)
     assert groups(attention) == kv and groups(small) == len(kept.unique())
     silenced, pruned = (m(x, position_embeddings=rotary, attention_mask=None)[0] for m in (attention, small))
     assert torch.allclose(silenced, pruned, atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv", "bias"), [(4, 4, False), (8, 4, True)])
+@torch.no_grad()
+def test_keeping_components_equals_silencing_the_others(heads, kv, bias):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=heads,
+                                         num_key_value_heads=kv, attention_bias=bias, head_dim=8))
+    attention, x = model.model.layers[0].self_attn, torch.randn(2, 7, 32)
+    if bias:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            attention.get_submodule(name).bias.normal_()
+    kept = torch.tensor([0, 3, 7, 17, 18, 30])  # of groups 0, 2 and 3; group 1 goes
+    rotary = model.model.rotary_emb(x, torch.arange(7)[None])
+    small = keep_nodes(attention, kept, width(attention))
+    gate = GroupGate(kv, width(attention))
+    gate.gate = torch.zeros(kv * 8).index_fill(0, kept, 1.0)
+    attention.o_proj.register_forward_pre_hook(gate)
+    silenced, pruned = (m(x, position_embeddings=rotary, attention_mask=None)[0] for m in (attention, small))
+    assert groups(small) == 3 and torch.allclose(silenced, pruned, atol=1e-5)
+    assert int((small.v_proj.weight.abs().sum(1) > 0).sum()) == len(kept)
+
+
+def test_dropped_components_cannot_wake_up(tiny_host):
+    site = tiny_host.sites[0]
+    small = keep_nodes(tiny_host.module(site.module), torch.tensor([0, 5, 20]), 16)
+    x = torch.randn(2, 5, 48)
+    rotary = tiny_host.model.model.rotary_emb(x, torch.arange(5)[None])
+    small(x, position_embeddings=rotary, attention_mask=None)[0].square().sum().backward()
+    dead = small.v_proj.weight.abs().sum(1) == 0
+    assert int(dead.sum()) == 32 - 3 and not small.v_proj.weight.grad[dead].any() and not small.o_proj.weight.grad[:, dead].any()
+
+
+def test_nodes_keep_their_places_when_groups_close_ranks():
+    now, then = torch.tensor([1, 2, 9, 10, 11]), torch.tensor([2, 10])  # groups 0 and 2 of four components each
+    assert relabelled(now, then, 4).tolist() == [2, 6] and relabelled(now, then, 1).tolist() == [1, 3]

@@ -8,7 +8,7 @@ import torch
 from evals.tasks import TASKS
 from graphs.batches import Epochs, encode
 from graphs.fit import FitConfig, fit
-from graphs.prune import Gates, PruneConfig, Size, family, kept_nodes, learn_gates, scores
+from graphs.prune import Gates, PruneConfig, Size, family, kept_nodes, learn_gates, scores, within
 from graphs.replace import from_noise
 from graphs.targets import Targets
 
@@ -59,3 +59,30 @@ def test_sizes_are_nested_and_use_legal_heads_only(tiny_host):
     for larger, smaller in pairwise(sizes):
         for name in order:
             assert set(kept_nodes(order, smaller)[name].tolist()) <= set(kept_nodes(order, larger)[name].tolist())
+
+
+def test_components_stand_in_the_heads_that_are_open_most_and_shrink_nested(tiny_host):
+    made = from_noise(tiny_host, 32, 0)
+    sizes = family(made, (1, 2, 3), components=True)
+    assert sizes[0] == Size(1.0, 3, 32, 48, 16) and sizes[1] == Size(0.5, 2, 16, 24, 16)
+    order = {name: torch.randn(count) for name, count in made.node_counts(True).items()}
+    order["L0.attention"][16:32] -= 3
+    larger = kept_nodes(order, sizes[0])
+    smaller = kept_nodes(within(order, larger), sizes[1])
+    assert len(larger["L0.attention"]) == 48 and len(smaller["L0.attention"]) == 24 and set((smaller["L0.attention"] // 16).tolist()) == {0, 2}
+    for name in order:
+        assert set(smaller[name].tolist()) <= set(larger[name].tolist())
+    few = kept_nodes(within(order, smaller), Size(0.3, 1, 16, 15, 16))
+    assert set(few["L0.attention"].tolist()) <= set(smaller["L0.attention"].tolist())
+
+
+def test_gates_of_components_are_learned_and_shut_what_writes_nothing(tiny_host, data):
+    made, _ = fit(Targets(tiny_host, data), FitConfig(features=16, local_steps=30, joint_steps=0))
+    useless = torch.arange(0, 48, 2)
+    with torch.no_grad():
+        for site in made.sites:
+            if site.kind == "attention":
+                made.part(site).o_proj.weight[:, useless] = 0.0
+    order, _ = learn_gates(Targets(tiny_host, data), made, PruneConfig(steps=20, target=0.5, learning_rate=1e-4, score_batches=2, components=True))
+    best = order["L0.attention"].topk(24).indices
+    assert len(order["L0.attention"]) == 48 and len(set(best.tolist()) & set(useless.tolist())) <= 4

@@ -1,0 +1,79 @@
+"""The documentation's tables are what the code does: each architecture is run, each gate compiled; WRITE_DOCS=1 writes them anew."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.compile import compile_circuit, parity
+from graphs.architectures import ARCHITECTURES, post_norm
+from graphs.batches import Batch
+from graphs.dictionary import Act, Dictionary, Gated, Identity, JumpReLU, Part, ReLU, TopK
+from graphs.edges import errors
+from graphs.host import SUPPORTED, load
+from graphs.replace import from_noise
+from graphs.trace import trace
+from graphs.transcoder import of_dictionary, relu_units
+from tests.test_edges import neuron_basis, prompt, prove, random_basis, tiny
+
+PAGE = Path(__file__).parent.parent / "docs" / "graph.md"
+
+
+def check(name: str, rows: list[list[str]]) -> None:
+    """The table between the marks of `name` is these rows."""
+    text = PAGE.read_text()
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    table = "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+    wanted = text[: text.index(begin) + len(begin)] + "\n" + table + "\n" + text[text.index(end) :]
+    if os.environ.get("WRITE_DOCS"):
+        PAGE.write_text(wanted)
+    assert PAGE.read_text() == wanted, "run WRITE_DOCS=1 pytest tests/test_docs.py"
+
+
+def road(name: str, tmp_path: Path) -> str:
+    """What happens to a model of the class at the door of `distill prune`: taken down the road, or refused."""
+    host = tiny(name)
+    if name in SUPPORTED:
+        circuit = from_noise(host, 12, 0)
+        real = torch.ones_like(prompt(), dtype=torch.bool)
+        return "yes" if parity(circuit, compile_circuit(circuit), Batch(prompt(), real, real)) < 1e-4 else "broken"
+    folder = tmp_path / name
+    host.model.save_pretrained(folder)
+    host.tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"architecture {name} is not supported yet"):
+        load(folder)
+    return "refused"
+
+
+def test_the_table_of_architectures(tmp_path):
+    rows = [["class", "block", "norm", "edges proven", "own neurons, no error", "attention components, no error", "fit, prune, compile"]]
+    for name in ARCHITECTURES:
+        host = tiny(name)
+        gaps = prove(host, random_basis(host), 20)
+        basis, found = neuron_basis(host), trace(host, prompt())
+        missing = {kind: max(float(errors(basis[s.name], found.sites[s.name]).abs().max()) for s in host.sites if s.kind == kind)
+                   for kind in ("mlp", "attention")}
+        block = "parallel" if host.sites[1].reads_at == 0 else "sequential"
+        norm = type(host.module(host.sites[0].norm)).__name__
+        kind = "LayerNorm" if norm == "LayerNorm" else "RMSNorm, post-norm" if post_norm(host.model, host.sites[0]) else "RMSNorm"
+        rows.append([f"`{name}`", block, kind, *("yes" if ok else "no" for ok in (gaps[0] < 5e-4 and gaps[1] < 1e-5, missing["mlp"] < 1e-4,
+                     missing["attention"] < 1e-4)), road(name, tmp_path)])
+    check("architectures", rows)
+
+
+def test_the_table_of_gates():
+    read, bias, write = torch.randn(4, 6), torch.randn(4), torch.randn(4, 6)
+    x = torch.randn(9, 6)
+    rows = [["gate", "in the graph", "as a stock ReLU MLP"]]
+    for gate in (ReLU(), Identity(), JumpReLU(torch.ones(4)), TopK(2), Act("gelu"), Gated("silu", read, bias)):
+        part = Part(read, bias, write, gate)
+        try:
+            units = relu_units(part)
+        except ValueError as refusal:
+            rows.append([f"`{type(gate).__name__}`", "exact", str(refusal)])
+            continue
+        whole = Dictionary((part,), torch.ones(6))
+        assert torch.allclose(of_dictionary(whole)(x), whole(x), atol=1e-5)
+        rows.append([f"`{type(gate).__name__}`", "exact", f"exact, {len(units.read) // len(read)} unit{'s' * (len(units.read) > len(read))} a node"])
+    check("gates", rows)
