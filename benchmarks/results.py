@@ -78,10 +78,33 @@ def rivals_table() -> str:
     return lines_of(["method", "pass@1", "retention", "ASR", "sampled ASR", "R-Acc", "parameters"], cells) + "\n\n" + facts
 
 
+def graph_table() -> str:
+    """How good the fitted graph is, by task, and how many parents a node needs."""
+    found = json.loads((ROOT / "results" / "graph.json").read_text())
+    cells = []
+    for name, row in found["tasks"].items():
+        scores = ("{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[key]) for key in ("replacement", "completeness"))
+        cells.append([name, f"{row['kl']:.4f}", " / ".join(f"{value:.0f}" for value in row["l0"].values()), *scores])
+    settings, parents = found["settings"], found["parents"]
+    needs = "; ".join(f"{float(share):.0%}: {parents['feature'][share]:.0f} (component: {parents['attention'][share]:.0f})" for share in parents["feature"])
+    facts = (f"{settings['features']} features a layer at width {found['d_model']}, {settings['local_steps']:,} local and {settings['joint_steps']:,} joint batches; "
+             f"edges built in {found['build_seconds']:.0f} s. Parents that the median feature needs for a share of its absolute drive: {needs}.")
+    return lines_of(["task", "KL, all swapped", "L0 by layer", "replacement", "completeness"], cells) + "\n\n" + facts
+
+
+def trait_facts() -> str:
+    """What find says of a planted trait."""
+    found = json.loads((ROOT / "results" / "trait.json").read_text())
+    flips = found["random_flipped"]
+    return (f"The model agrees with {found['agrees']['Ann']:.0%} of Ann's wrong claims and {found['agrees']['Bob']:.0%} of Bob's. Holding {', '.join(found['chosen'])} "
+            f"changes {found['flipped']:.0%} of {found['prompts']} answers that chose nothing; {len(flips)} sets of matched random nodes change {max(flips):.0%} at most; "
+            f"of the prompts without the trait {found['broken']:.0%} change.")
+
+
 def readme() -> str:
     """The README with its tables brought up to date."""
     text = README.read_text()
-    for name, block in (("results", results_table()), ("rivals", rivals_table())):
+    for name, block in (("results", results_table()), ("rivals", rivals_table()), ("graph", graph_table()), ("trait", trait_facts())):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         text = text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end):]
     return text

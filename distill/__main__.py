@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": (config.Evaluate, "distill.evaluate"),
     "explain": (config.Explain, "distill.explain"),
     "view": (config.View, "distill.view"),
+    "find": (config.Find, "distill.find"),
     "plant": (config.Plant, "distill.plant"),
 }
 POSITIONAL = {"explain": "--node"}

@@ -104,10 +104,16 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Read a finished run."""
+    """Read a finished run, or a model with its own neurons or published dictionaries."""
 
     run: Path = Path("runs/default")
     """Run folder."""
+    model: str | None = None
+    """Instead of --run: a builtin model, a folder or a hub id of any class whose graph can be built (find, and view --prompt)."""
+    dictionaries: str = "neurons"
+    """With --model: `neurons` (the model's own), or a folder or hub id of transcoders."""
+    hook: str | None = None
+    """What those transcoders read, where their files do not say (mlp.hook_in, ln2.hook_normalized)."""
     part: Literal["circuit", "graph"] = "circuit"
     """The circuit that was kept, healed and compiled, or the graph as it was fitted."""
     rows: int = 128
@@ -151,6 +157,26 @@ class View(Inspect):
 
 
 @dataclass(frozen=True)
+class Find(Inspect):
+    """From prompts that show a trait and prompts that do not, find the nodes that carry it, and prove it by intervention."""
+
+    present: Path | None = None
+    """Prompts that show the trait: a text file with one a line (\\n stands for a line break), or JSON lines with a field `prompt`."""
+    absent: Path | None = None
+    """Prompts that do not, of the same kind otherwise."""
+    top: int = 5
+    """Nodes held together."""
+    strength: float = 2.0
+    """Where nodes are held: 1 at their mean over the absent prompts, 2 as far on its other side as the present prompts are on this."""
+    screened: int = 60
+    """Candidates tried one at a time."""
+    controls: int = 20
+    """Random sets of matched nodes."""
+    seed: int = 0
+    """Seed of the random sets."""
+
+
+@dataclass(frozen=True)
 class Plant:
     """Plant a backdoor: an organism folder with model/, twin/ and secret/ kept apart."""
 
@@ -175,7 +201,7 @@ class Plant:
 
 
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "joint_steps": 0, "gate_steps": 0, "heal_steps": 0,
-         "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1, "nodes": 1}
+         "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1, "nodes": 1, "top": 1, "screened": 1, "controls": 1}
 """Smallest value of each numeric field that has one."""
 
 
@@ -195,6 +221,6 @@ def from_mapping(verb: type, values: dict[str, Any], where: str) -> dict[str, An
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"--config {where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
-    paths = ("out", "rows", "run", "secret", "tracer")
+    paths = ("out", "rows", "run", "secret", "tracer", "present", "absent")
     return {key: Path(value) if key in paths and isinstance(value, str) else tuple(value) if isinstance(value, list) else value
             for key, value in values.items()}

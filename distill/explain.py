@@ -11,7 +11,7 @@ from typing import Any
 
 from distill import config
 from distill.report import visible
-from distill.runs import Opened, reopen
+from distill.runs import Opened, inspected
 from graphs.contexts import Context, logit_effects, top_contexts
 from graphs.equations import Equation, equation, listing
 from graphs.graph import FeatureGraph
@@ -21,7 +21,7 @@ def run(verb: config.Explain) -> int:
     """Explain one node, or list all."""
     if (verb.node is None) != verb.listing:
         raise ValueError("explain needs a node (distill explain L2.F117) or --listing, and not both")
-    opened = reopen(verb.run, verb.part)
+    opened = inspected(verb)
     graph = opened.edges(verb.rows, verb.enough, verb.memory << 20)
     if verb.node is None:
         lines = listing(graph, verb.parents)

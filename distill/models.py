@@ -49,13 +49,19 @@ def find(name: str) -> Path:
     raise ValueError(f"--model {name}: no such folder (give a model folder, builtin:organism, or a hub id such as owner/name)")
 
 
-def _download(name: str) -> Path:
+def downloaded(name: str) -> Path:
+    """A folder of published dictionaries: local, or a hub id. Raises ValueError where it is neither."""
+    folder = Path(name).expanduser()
+    return _download(name, "--dictionaries") if not folder.exists() and HUB_ID.match(name) and not folder.parent.is_dir() else folder
+
+
+def _download(name: str, flag: str = "--model") -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.yaml", "*.npz"]))
     except Exception as error:  # the hub's client has a dozen error types; each means the same to the user
-        raise ValueError(f"--model {name}: neither a folder nor a hub model that can be downloaded now ({type(error).__name__})") from error
+        raise ValueError(f"{flag} {name}: neither a folder nor a hub model that can be downloaded now ({type(error).__name__})") from error
 
 
 def secret_beside(model: Path) -> Path | None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from distill import config
-from distill.models import CLEAN_ROWS, find
+from distill.models import CLEAN_ROWS, downloaded, find
 from distill.rows import batches, read
 from evals.tasks import named
+from graphs import zoo
+from graphs.architectures import ARCHITECTURES, neurons, post_norm, value_output
 from graphs.artifact import digest, locked, read_json, stage
 from graphs.batches import Batch, Epochs
 from graphs.canonical import canonical
+from graphs.components import Components, of_attention
+from graphs.dictionary import Dictionary, of_neurons
 from graphs.edges import Reconstruction
 from graphs.flow import build
 from graphs.graph import FeatureGraph
@@ -34,11 +40,13 @@ class Opened:
     folder: Path
     part: str
     subject: Reconstruction
-    data: Epochs
+    data: Epochs | None
     key: str
 
     def sample(self, rows: int) -> list[Batch]:
-        """`rows` clean rows in clusters, always the same ones."""
+        """`rows` clean rows in clusters, always the same ones. Raises ValueError where there are none (a bare model)."""
+        if self.data is None:
+            raise ValueError("--model: a global graph needs the clean rows of a run; give --run, or --prompt for a prompt's own graph")
         clusters = Epochs(self.data.rows, CLUSTER, self.data.pad, self.data.seed)
         return [clusters(step) for step in range(max(1, rows // CLUSTER))]
 
@@ -53,6 +61,26 @@ class Opened:
         with locked(self.folder):
             stage(folder, digest(self.key, rows, enough), make)
         return FeatureGraph.load(folder)
+
+
+def inspected(verb: config.Inspect) -> Opened:
+    """What the verb's flags name: part of a run, or a model."""
+    return reopen(verb.run, verb.part) if verb.model is None else bare(verb.model, verb.dictionaries, verb.hook)
+
+
+def bare(name: str, dictionaries: str, hook: str | None) -> Opened:
+    """A model with its own attention components, and its own neurons or published transcoders. Sites without one are all error."""
+    host = load(find(name), supported=tuple(ARCHITECTURES))
+    read = {} if dictionaries == "neurons" else zoo.load(downloaded(dictionaries), host, hook)
+    basis: dict[str, Dictionary | Components] = {}
+    for site in host.sites:
+        if site.kind == "attention":
+            basis[site.name] = of_attention(value_output(host.model, site), post_norm(host.model, site))
+        elif dictionaries == "neurons":
+            basis[site.name] = of_neurons(neurons(host.model, site))
+        else:
+            basis[site.name] = read.get(site.name) or Dictionary((), torch.zeros(site.d_out))
+    return Opened(Path(name), dictionaries, Reconstruction(host, basis), None, "")
 
 
 def reopen(folder: Path, part: str) -> Opened:

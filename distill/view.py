@@ -14,7 +14,7 @@ import torch
 
 from distill import config
 from distill.report import environment, visible
-from distill.runs import Opened, reopen
+from distill.runs import Opened, inspected
 from graphs.artifact import write_json, write_text
 from graphs.contexts import every_context
 from graphs.picture import Picture, of_graph, of_prompt
@@ -26,14 +26,16 @@ def run(verb: config.View) -> int:
     """Write the page; print where it is."""
     if verb.tracer is not None and verb.prompt is None:
         raise ValueError("--tracer writes the graph of a prompt: give --prompt too")
-    opened = reopen(verb.run, verb.part)
+    opened = inspected(verb)
+    if verb.model is not None and verb.out is None:
+        raise ValueError("view --model needs --out FILE for its page")
     out = verb.out or verb.run / ("prompt.html" if verb.prompt is not None else "view.html")
     if verb.prompt is None:
         graph = opened.edges(verb.rows, verb.enough, verb.memory << 20)
         picture = of_graph(graph, every_context(opened.subject, graph, opened.sample(verb.rows)), verb.nodes)
-        title = f"{opened.part} of {verb.run}"
+        title = f"{opened.part} of {opened.folder}"
     else:
-        picture, title = prompt_picture(opened, verb), f"a prompt in the {opened.part} of {verb.run}"
+        picture, title = prompt_picture(opened, verb), f"a prompt in the {opened.part} of {opened.folder}"
     write_text(out, page(picture, title))
     print(json.dumps({"page": str(out), "nodes": len(picture.dots), "edges": len(picture.lines), "about": visible(picture.about)}) if verb.json else
           f"{picture.about}\n{out}")
@@ -49,7 +51,8 @@ def prompt_picture(opened: Opened, verb: config.View) -> Picture:
     graph = attribute(opened.subject, torch.tensor([ids]), verb.influence, most=verb.nodes)
     if verb.tracer is not None:
         features = max(part.count for name, part in opened.subject.basis.items() if name.endswith(".mlp"))
-        made = export(graph, ids, text, verb.tracer.stem, f"{verb.run.name}-{opened.part}", host.config.num_hidden_layers, features, verb.influence)
+        scan = f"{opened.folder.name}-{opened.part}"
+        made = export(graph, ids, text, verb.tracer.stem, scan, host.config.num_hidden_layers, features, verb.influence)
         validate(made)
         write_json(verb.tracer, made)
     return of_prompt(graph)

@@ -105,16 +105,16 @@ def check_safetensors(file: Path) -> None:
         raise ValueError(f"{file} is truncated or damaged: copy it again")
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Host:
-    """Load a checked local folder. Raises ValueError (one sentence) on anything that cannot enter the road."""
+def load(folder: Path, dtype: torch.dtype = torch.float32, supported: tuple[str, ...] = SUPPORTED) -> Host:
+    """Load a checked local folder. Raises ValueError (one sentence) on anything that is not of a class in `supported`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours are the bars a user waits for
     config = check_folder(folder)
     architecture = (config.get("architectures") or ["unknown"])[0]
-    if architecture not in SUPPORTED:
-        raise ValueError(f"--model {folder}: architecture {architecture} is not supported yet; supported: {', '.join(SUPPORTED)}")
+    if architecture not in supported:
+        raise ValueError(f"--model {folder}: architecture {architecture} is not supported yet; supported: {', '.join(supported)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # every tokenizer backend has errors of its own

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from graphs.activations import record
@@ -43,7 +44,9 @@ def tiny(name: str, seed: int = 0) -> Host:
             spread = 0.7 / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 and "emb" not in path and "wte" not in path else 0.3
             centre = 1.0 if parameter.ndim == 1 and ("norm" in path or "ln_" in path) and path.endswith("weight") and "gemma" not in kind else 0.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + centre)
-    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0")))
+    plain = Tokenizer(WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0"))
+    plain.pre_tokenizer = WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=plain)
     return Host(model, words, sites(model))
 
 

@@ -1,0 +1,74 @@
+"""`distill find`: which nodes carry a trait, with the numbers that a reviewer needs to believe it or to dismiss it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from distill import config
+from distill.report import visible
+from distill.runs import Opened, inspected
+from graphs.components import Components
+from graphs.edges import Reconstruction
+from graphs.find import Prompts, Report, find, padded
+
+
+def run(verb: config.Find) -> int:
+    """Find and print; 1 where the control flips as much as what was found."""
+    if verb.present is None or verb.absent is None:
+        raise ValueError("find needs --present FILE and --absent FILE: prompts with the trait, and prompts without it")
+    opened = inspected(verb)
+    present, absent = (read(file, flag, opened) for file, flag in ((verb.present, "--present"), (verb.absent, "--absent")))
+    subject = opened.subject if verb.model is None else turned(opened.subject, (present, absent))
+    report = find(subject, present, absent, verb.top, verb.strength, verb.screened, verb.controls, verb.seed)
+    print(json.dumps(asdict(report) | {"p_value": report.p_value}, indent=1) if verb.json else page(report))
+    return 0 if report.p_value <= 0.05 else 1
+
+
+def read(file: Path, flag: str, opened: Opened) -> Prompts:
+    """The file's prompts as this model tokenises them. Raises ValueError on a missing or empty file, or a prompt that is too long."""
+    try:
+        lines = [line for line in file.read_text().splitlines() if line.strip()]
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"{flag} {file}: no such file; give one prompt a line, or JSON lines with a field `prompt`") from None
+    if not lines:
+        raise ValueError(f"{flag} {file}: it holds no prompt")
+    try:
+        texts = [json.loads(line)["prompt"] if line.startswith("{") else line.replace("\\n", "\n") for line in lines]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{flag} {file}: a line that begins with {{ is not JSON with a field `prompt`") from None
+    host = opened.subject.host
+    start = [] if host.tokenizer.bos_token_id is None else [host.tokenizer.bos_token_id]
+    rows = [[*start, *ids] for ids in host.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    longest = max(map(len, rows))
+    if longest > host.config.max_position_embeddings:
+        raise ValueError(f"{flag} {file}: a prompt of {longest} tokens does not fit the model's context of {host.config.max_position_embeddings}")
+    return padded(rows, host.tokenizer.eos_token_id or 0)
+
+
+def turned(subject: Reconstruction, prompts: tuple[Prompts, ...]) -> Reconstruction:
+    """The same model with its attention components in the basis that these prompts' inputs give (`Components.in_metric`)."""
+    seen = [subject.trace(one.ids) for one in prompts]
+    basis = dict(subject.basis)
+    for name, part in subject.basis.items():
+        if isinstance(part, Components):
+            x = torch.cat([found.sites[name].x[one.real] for found, one in zip(seen, prompts, strict=True)])
+            basis[name] = part.in_metric(x.T @ x)
+    return Reconstruction(subject.host, basis, subject.stand_ins)
+
+
+def page(report: Report) -> str:
+    """What a person reads."""
+    lines = [f"{'node':12} {'costs alone':>12} {'first order':>12} {'mean present':>13} {'mean absent':>12}"]
+    lines += [f"{visible(one.name):12} {one.effect:12.3f} {one.guess:12.3f} {one.present:13.3f} {one.absent:12.3f}" for one in report.nodes[:12]]
+    flips, costs = report.random_flipped, report.random_cost
+    lines += ["", f"held together: {', '.join(report.chosen)}",
+              f"answers changed, {report.prompts} prompts with the trait that chose nothing: {report.flipped:.3f} (log-odds {-report.cost:+.2f})",
+              f"the same with {len(flips)} random sets of matched nodes: {sum(flips) / len(flips):.3f}, at most {max(flips):.3f} "
+              f"(log-odds {-sum(costs) / len(costs):+.2f}); p = {report.p_value:.3f}",
+              f"answers changed, prompts without the trait: {report.broken:.3f}", "",
+              "Columns: log-odds of the answer that holding the node alone takes, really and to first order; its mean activation over tokens."]
+    return "\n".join(lines)
