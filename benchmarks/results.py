@@ -86,19 +86,23 @@ def graph_table() -> str:
         scores = ("{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[key]) for key in ("replacement", "completeness"))
         cells.append([name, f"{row['kl']:.4f}", " / ".join(f"{value:.0f}" for value in row["l0"].values()), *scores])
     settings, parents = found["settings"], found["parents"]
-    needs = "; ".join(f"{float(share):.0%}: {parents['feature'][share]:.0f} (component: {parents['attention'][share]:.0f})" for share in parents["feature"])
-    facts = (f"{settings['features']} features a layer at width {found['d_model']}, {settings['local_steps']:,} local and {settings['joint_steps']:,} joint batches; "
-             f"edges built in {found['build_seconds']:.0f} s. Parents that the median feature needs for a share of its absolute drive: {needs}.")
+    counts = parents["attention"]
+    needs = "; ".join(f"{float(share):.0%}: {count:.0f} (component: {counts[share]:.0f})" for share, count in parents["feature"].items())
+    facts = (f"{settings['features']} features a layer at width {found['d_model']}, {settings['local_steps']:,} local and "
+             f"{settings['joint_steps']:,} joint batches; edges built in {found['build_seconds']:.0f} s. Parents that the median feature needs for a "
+             f"share of its absolute drive: {needs}.")
     return lines_of(["task", "KL, all swapped", "L0 by layer", "replacement", "completeness"], cells) + "\n\n" + facts
 
 
 def trait_facts() -> str:
-    """What find says of a planted trait."""
-    found = json.loads((ROOT / "results" / "trait.json").read_text())
-    flips = found["random_flipped"]
-    return (f"The model agrees with {found['agrees']['Ann']:.0%} of Ann's wrong claims and {found['agrees']['Bob']:.0%} of Bob's. Holding {', '.join(found['chosen'])} "
-            f"changes {found['flipped']:.0%} of {found['prompts']} answers that chose nothing; {len(flips)} sets of matched random nodes change {max(flips):.0%} at most; "
-            f"of the prompts without the trait {found['broken']:.0%} change.")
+    """What find says of a planted trait, a row a seed."""
+    cells = []
+    for row in json.loads((ROOT / "results" / "trait.json").read_text()):
+        flips = row["random_flipped"]
+        cells.append([str(row["seed"]), *(f"{row['agrees'][who]:.3f}" for who in ("Ann", "Bob")), ", ".join(row["chosen"]),
+                      f"{row['flipped']:.3f} of {row['prompts']}", f"{sum(flips) / len(flips):.3f}, {max(flips):.3f}", f"{row['broken']:.3f}"])
+    header = ["seed", "agrees with Ann", "with Bob", "nodes held", "answers changed", "by random sets: mean, most", "changed without the trait"]
+    return lines_of(header, cells)
 
 
 def readme() -> str:

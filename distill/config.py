@@ -166,8 +166,9 @@ class Find(Inspect):
     """Prompts that do not, of the same kind otherwise."""
     top: int = 5
     """Nodes held together."""
-    strength: float = 2.0
-    """Where nodes are held: 1 at their mean over the absent prompts, 2 as far on its other side as the present prompts are on this."""
+    strength: float | None = None
+    """Where nodes are held: 1 at their mean over the absent prompts, 2 as far on its other side as the present prompts are on this; by
+    default the best of 1, 2, 3 and 4 on half of the prompts."""
     screened: int = 60
     """Candidates tried one at a time."""
     controls: int = 20

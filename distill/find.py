@@ -23,7 +23,8 @@ def run(verb: config.Find) -> int:
     opened = inspected(verb)
     present, absent = (read(file, flag, opened) for file, flag in ((verb.present, "--present"), (verb.absent, "--absent")))
     subject = opened.subject if verb.model is None else turned(opened.subject, (present, absent))
-    report = find(subject, present, absent, verb.top, verb.strength, verb.screened, verb.controls, verb.seed)
+    strengths = (1.0, 2.0, 3.0, 4.0) if verb.strength is None else (verb.strength,)
+    report = find(subject, present, absent, verb.top, strengths, verb.screened, verb.controls, seed=verb.seed)
     print(json.dumps(asdict(report) | {"p_value": report.p_value}, indent=1) if verb.json else page(report))
     return 0 if report.p_value <= 0.05 else 1
 
@@ -65,10 +66,16 @@ def page(report: Report) -> str:
     lines = [f"{'node':12} {'costs alone':>12} {'first order':>12} {'mean present':>13} {'mean absent':>12}"]
     lines += [f"{visible(one.name):12} {one.effect:12.3f} {one.guess:12.3f} {one.present:13.3f} {one.absent:12.3f}" for one in report.nodes[:12]]
     flips, costs = report.random_flipped, report.random_cost
-    lines += ["", f"held together: {', '.join(report.chosen)}",
+    lines += ["", f"held together, at strength {report.strength:g}: {', '.join(report.chosen)}",
               f"answers changed, {report.prompts} prompts with the trait that chose nothing: {report.flipped:.3f} (log-odds {-report.cost:+.2f})",
               f"the same with {len(flips)} random sets of matched nodes: {sum(flips) / len(flips):.3f}, at most {max(flips):.3f} "
               f"(log-odds {-sum(costs) / len(costs):+.2f}); p = {report.p_value:.3f}",
-              f"answers changed, prompts without the trait: {report.broken:.3f}", "",
-              "Columns: log-odds of the answer that holding the node alone takes, really and to first order; its mean activation over tokens."]
+              f"answers changed, prompts without the trait: {report.broken:.3f}", "", f"{'edge':26} {'excess':>9} {'costs alone':>12}"]
+    lines += [f"{visible(e.source + ' -> ' + e.target):26} {e.excess:9.3f} {e.effect:12.3f}" for e in report.edges]
+    control = report.random_edge_cost
+    if control:
+        lines += [f"cut together: log-odds {-report.edge_cost:+.2f}; random edges into the same nodes {-sum(control) / len(control):+.2f}, "
+                  f"at most {-max(control):+.2f}"]
+    lines += ["", "Columns: log-odds of the answer that holding the node alone takes, really and to first order; its mean activation over tokens.",
+              "Excess: contribution a token where the trait is present, less where it is absent."]
     return "\n".join(lines)

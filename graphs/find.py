@@ -5,15 +5,21 @@ gives where it is absent: a change that merely breaks the answer does not count.
 
     mean_absent + (strength - 1) (mean_absent - mean_present)        1: as where the trait is absent; 2: as far on the other side
 
+Several strengths are tried, and the one that changes most answers, less those it breaks where there is no trait, is kept.
+
 1. *Rank*, on half of the present prompts: to first order, what moving each node there takes from the log-odds, sum_t (a(t) -
    held) d log-odds / d a(t) (attribution patching: Nanda 2023; Syed et al. 2023).
 2. *Screen.* The best `screened` are held one at a time and ranked anew by what that really costs, since a first-order guess can
-   be far off; then the set that costs most together is grown one node at a time.
+   be far off; then a set is grown one node at a time, by the log-likelihood it gives to the other answers.
 3. *Verify*, on the other half of the present prompts, which chose nothing: how many first answer tokens change with the top
    nodes held, and how many with random nodes of the same sites whose holding moves what the site writes by as much.
 
+4. *Edges* into the held nodes are ranked by how much more they contribute, a token, where the trait is present, toward where the
+   node then stands; each is cut by letting its target alone see the source as where the trait is absent, and so are all together,
+   against as many random edges from the same sites into the same nodes.
+
 The control answers "would any change of this size do?"; the absent prompts, with the same nodes held, answer "does it break
-what has no trait?".
+what has no trait?". Both are asked of halves that chose nothing.
 """
 
 from __future__ import annotations
@@ -25,9 +31,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from graphs.edges import Reconstruction, activations, writes
-from graphs.graph import index
-from graphs.intervene import Held, gradients, run
+from graphs.architectures import norm
+from graphs.components import Components
+from graphs.edges import Reconstruction, activations, reads, writes
+from graphs.graph import Index, index
+from graphs.intervene import Cut, Held, gradients, run
 from graphs.trace import trace
 
 
@@ -91,19 +99,36 @@ class Found:
 
 
 @dataclass(frozen=True)
+class FoundEdge:
+    """One edge into a node that was held. excess: mean contribution a token where the trait is present less where it is absent;
+    effect: log-odds that cutting it alone costs."""
+
+    source: str
+    target: str
+    excess: float
+    effect: float
+
+
+@dataclass(frozen=True)
 class Report:
-    """nodes: best alone first; chosen: names of those held together; flipped: share of held-out present prompts whose answer changes, and
-    cost: log-odds lost; random_flipped and random_cost: the same for each matched random set; broken: share of absent prompts
-    whose answer changes; prompts: held-out prompts."""
+    """nodes: best alone first; chosen: names of those held together; strength: where they are held; flipped: share of held-out
+    present prompts whose answer changes, and cost: log-odds lost; random_flipped and random_cost: the same for each matched
+    random set; broken: share of held-out absent prompts whose answer changes; prompts: held-out present prompts; edges: best
+    first, edge_cost: log-odds that cutting them together costs on held-out prompts, and random_edge_cost: the same for each
+    random set of edges."""
 
     nodes: tuple[Found, ...]
     chosen: tuple[str, ...]
+    strength: float
     flipped: float
     cost: float
     random_flipped: tuple[float, ...]
     random_cost: tuple[float, ...]
     broken: float
     prompts: int
+    edges: tuple[FoundEdge, ...]
+    edge_cost: float
+    random_edge_cost: tuple[float, ...]
 
     @property
     def p_value(self) -> float:
@@ -111,52 +136,166 @@ class Report:
         return (1 + sum(one >= self.flipped for one in self.random_flipped)) / (1 + len(self.random_flipped))
 
 
+@dataclass(frozen=True)
+class _Case:
+    """The prompts' halves, mean activations of the choosing halves (here: with the trait, there: without), and the answers given
+    where the trait is absent."""
+
+    subject: Reconstruction
+    choose: Prompts
+    check: Prompts
+    absent: Prompts
+    spared: Prompts
+    here: dict[str, Tensor]
+    there: dict[str, Tensor]
+    others: Tensor
+    nodes: Index
+
+    def means(self, strength: float) -> dict[str, Tensor]:
+        """Where nodes are held."""
+        return {name: there + (strength - 1) * (there - self.here[name]) for name, there in self.there.items()}
+
+    def name(self, site: str, node: int) -> str:
+        """A node's name."""
+        return self.nodes.name(self.nodes.by_name[site].start + node)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one strength found on the choosing halves. gain: share of answers it changes, less the share it breaks."""
+
+    strength: float
+    found: list[Found]
+    chosen: list[tuple[str, int]]
+    gain: float
+
+
 @torch.no_grad()
 def find(
-    subject: Reconstruction, present: Prompts, absent: Prompts, top: int = 5, strength: float = 2.0, screened: int = 60, controls: int = 20,
-    seed: int = 0,
+    subject: Reconstruction, present: Prompts, absent: Prompts, top: int = 5, strengths: Sequence[float] = (1.0, 2.0, 3.0, 4.0), screened: int = 60,
+    controls: int = 20, edges: int = 10, seed: int = 0,
 ) -> Report:
-    """Rank, screen, verify. Raises ValueError where there are too few prompts."""
-    if len(present.last) < 4 or len(absent.last) < 2:
-        raise ValueError("give at least four prompts with the trait and two without")
-    choose, check = present.half(0), present.half(1)
-    here, there = mean_activations(subject, choose), mean_activations(subject, absent)
-    means = {name: there[name] + (strength - 1) * (there[name] - here[name]) for name in there}
-    moved = mean_activations(subject, choose, means)
+    """Rank and screen at each strength, keep the best, verify. Raises ValueError where there are too few prompts."""
+    if len(present.last) < 4 or len(absent.last) < 4:
+        raise ValueError("give at least four prompts with the trait and four without")
+    halves = present.half(0), present.half(1), absent.half(0), absent.half(1)
     others = absent.answers(run(subject, absent.ids, {})).unique()
-    contrast = Contrast(choose.answers(run(subject, choose.ids, {})), others)
+    case = _Case(subject, *halves, mean_activations(subject, halves[0]), mean_activations(subject, halves[2]), others,
+                 index(subject.host, subject.basis))
+    plans = [search(case, strength, top, screened) for strength in strengths]
+    return verify(case, max(plans, key=lambda plan: plan.gain), controls, edges, torch.Generator().manual_seed(seed))
+
+
+def search(case: _Case, strength: float, top: int, screened: int) -> _Plan:
+    """Rank and screen, on the choosing halves."""
+    subject, choose, means = case.subject, case.choose, case.means(strength)
+    contrast = Contrast(choose.answers(run(subject, choose.ids, {})), case.others)
     before, slopes = gradients(subject, choose.ids, lambda logits: contrast.log_odds(choose.final(logits)))
     guesses = rank(subject, choose, means, slopes)
     flat = torch.cat(list(guesses.values()))
     starts = torch.tensor([0, *(len(one) for one in guesses.values())]).cumsum(0)
-    names, nodes = list(guesses), index(subject.host, subject.basis)
-    found = []
+    names, found = list(guesses), []
     for at in flat.argsort(descending=True)[:screened].tolist():
         which = int(torch.searchsorted(starts, at, right=True)) - 1
         site, node = names[which], at - int(starts[which])
-        held = {site: Held(torch.tensor([node]), means[site][node][None])}
-        cost = float((before - contrast.log_odds(choose.final(run(subject, choose.ids, held)))).mean())
-        name = nodes.name(nodes.by_name[site].start + node)
-        found.append(Found(name, site, node, float(flat[at]), cost, float(here[site][node]), float(there[site][node])))
+        after = contrast.log_odds(choose.final(run(subject, choose.ids, held_at(means, [(site, node)]))))
+        found.append(Found(case.name(site, node), site, node, float(flat[at]), float((before - after).mean()), float(case.here[site][node]),
+                           float(case.there[site][node])))
     found.sort(key=lambda one: -one.effect)
-    called = {(one.site, one.node): one.name for one in found}
-    best = greedy(subject, choose, means, others, [(one.site, one.node) for one in found], top)
-    flipped, cost = effect(subject, check, means, others, best)
-    generator = torch.Generator().manual_seed(seed)
-    random = [effect(subject, check, means, others, matched(subject, moved, best, generator)) for _ in range(controls)]
-    broken, _ = effect(subject, absent, means, others, best)
-    return Report(tuple(found), tuple(called[one] for one in best), flipped, cost, tuple(f for f, _ in random), tuple(c for _, c in random), broken,
-                  len(check.last))
+    chosen = greedy(subject, choose, means, case.others, [(one.site, one.node) for one in found], top)
+    gain = effect(subject, choose, means, case.others, chosen)[0] - effect(subject, case.absent, means, case.others, chosen)[0]
+    return _Plan(strength, found, chosen, gain)
+
+
+def verify(case: _Case, plan: _Plan, controls: int, edges: int, generator: torch.Generator) -> Report:
+    """Nodes and edges against random ones, on the halves that chose nothing."""
+    subject, means = case.subject, case.means(plan.strength)
+    moved = mean_activations(subject, case.choose, means)
+    flipped, cost = effect(subject, case.check, means, case.others, plan.chosen)
+    random = [effect(subject, case.check, means, case.others, matched(subject, moved, plan.chosen, generator)) for _ in range(controls)]
+    broken, _ = effect(subject, case.spared, means, case.others, plan.chosen)
+    cuts, excess = top_edges(subject, case.choose, case.absent, plan.chosen, case.here, case.there, edges)
+    alone = [cutting(subject, case.choose, case.others, [cut]) for cut in cuts]
+    found_edges = tuple(FoundEdge(case.name(*cut.source), case.name(*cut.target), e, c) for cut, e, c in zip(cuts, excess, alone, strict=True))
+    drawn = [other_edges(subject, cuts, case.there, generator) for _ in range(controls if cuts else 0)]
+    return Report(
+        tuple(plan.found), tuple(case.name(*one) for one in plan.chosen), plan.strength, flipped, cost, tuple(f for f, _ in random),
+        tuple(c for _, c in random), broken, len(case.check.last), found_edges, cutting(subject, case.check, case.others, cuts),
+        tuple(cutting(subject, case.check, case.others, one) for one in drawn))
+
+
+def mean_contributions(subject: Reconstruction, prompts: Prompts, target: tuple[str, int]) -> dict[str, Float[Tensor, "_node"]]:
+    """What each earlier node contributes to the target's drive, a real token."""
+    found, site = trace(subject.host, prompts.ids, subject.stand_ins), next(s for s in subject.host.sites if s.name == target[0])
+    part, seen = subject.basis[site.name], found.sites[site.name]
+    weight = prompts.real.float()
+    if isinstance(part, Components):
+        assert seen.pattern is not None
+        weight = torch.einsum("rts,rt->rs", seen.pattern[:, target[1] // part.write.shape[1]], weight if seen.post is None else weight * seen.post)
+    else:
+        weight = weight * part.factor(seen.x)[..., target[1]]
+    pulled = norm(subject.host.model, site.norm).pulled(reads(part)[target[1]])
+    earlier = [one.name for one in subject.host.sites if one.writes_at <= site.reads_at]
+    level = {name: torch.einsum("rt,rtn->n", weight * seen.inverse, activations(subject.basis[name], found.sites[name])) for name in earlier}
+    return {name: level[name] * (writes(subject.basis[name]) @ pulled) / prompts.real.sum() for name in earlier}
+
+
+def top_edges(
+    subject: Reconstruction, present: Prompts, absent: Prompts, targets: Sequence[tuple[str, int]], here: dict[str, Tensor],
+    there: dict[str, Tensor], count: int,
+) -> tuple[list[Cut], list[float]]:
+    """The `count` edges into `targets` that push most toward where the trait has them, and their excess contributions."""
+    ranked: list[tuple[float, float, Cut]] = []
+    for site, node in targets:
+        toward = float((here[site][node] - there[site][node]).sign())
+        after, before = (mean_contributions(subject, prompts, (site, node)) for prompts in (present, absent))
+        for where in after:
+            excess = after[where] - before[where]
+            for source in (excess * toward).topk(min(count, len(excess))).indices.tolist():
+                cut = Cut((where, source), (site, node), float(there[where][source]))
+                ranked.append((float(excess[source]) * toward, float(excess[source]), cut))
+    ranked.sort(key=lambda one: -one[0])
+    return [cut for push, _, cut in ranked[:count] if push > 0], [excess for push, excess, _ in ranked[:count] if push > 0]
+
+
+def other_edges(subject: Reconstruction, cuts: Sequence[Cut], there: dict[str, Tensor], generator: torch.Generator) -> list[Cut]:
+    """For each edge a random one from the same site into the same node."""
+    out = []
+    for cut in cuts:
+        site = cut.source[0]
+        source = int(torch.randint(subject.basis[site].count, (1,), generator=generator))
+        out.append(Cut((site, source), cut.target, float(there[site][source])))
+    return out
+
+
+def cutting(subject: Reconstruction, prompts: Prompts, others: Tensor, cuts: Sequence[Cut]) -> float:
+    """Log-odds lost when edges are cut."""
+    plain = prompts.final(run(subject, prompts.ids, {}))
+    contrast = Contrast(plain.argmax(-1), others)
+    return float((contrast.log_odds(plain) - contrast.log_odds(prompts.final(run(subject, prompts.ids, {}, cuts)))).mean())
 
 
 def greedy(
     subject: Reconstruction, prompts: Prompts, means: dict[str, Tensor], others: Tensor, candidates: Sequence[tuple[str, int]], top: int
 ) -> list[tuple[str, int]]:
-    """The set of `top` candidates that costs most when held together, one node at a time."""
+    """A set of `top` candidates, grown one node at a time by the log-likelihood that it gives to the other answers: what has
+    flipped already counts no more, so that no kind of prompt is left out."""
+    contrast = Contrast(prompts.answers(run(subject, prompts.ids, {})), others)
+
+    def likelihood(nodes: Sequence[tuple[str, int]]) -> float:
+        changed = run(subject, prompts.ids, held_at(means, nodes))
+        return -float(torch.nn.functional.softplus(contrast.log_odds(prompts.final(changed))).mean())
+
     best: list[tuple[str, int]] = []
     for _ in range(min(top, len(candidates))):
-        best.append(max((one for one in candidates if one not in best), key=lambda one: effect(subject, prompts, means, others, [*best, one])[1]))
+        best.append(max((one for one in candidates if one not in best), key=lambda one: likelihood([*best, one])))
     return best
+
+
+def held_at(means: dict[str, Tensor], nodes: Sequence[tuple[str, int]]) -> dict[str, Held]:
+    """The nodes held at `means`, by site."""
+    chosen = {site: torch.tensor([node for where, node in nodes if where == site]) for site in {site for site, _ in nodes}}
+    return {site: Held(numbers, means[site][numbers]) for site, numbers in chosen.items()}
 
 
 def mean_activations(subject: Reconstruction, prompts: Prompts, around: dict[str, Tensor] | None = None) -> dict[str, Float[Tensor, "node"]]:
@@ -185,8 +324,7 @@ def effect(
     """(share of answers that change, log-odds lost) when nodes are held at `means`."""
     plain = run(subject, prompts.ids, {})
     contrast = Contrast(prompts.answers(plain), others)
-    held = {site: torch.tensor([node for where, node in nodes if where == site]) for site in {site for site, _ in nodes}}
-    changed = run(subject, prompts.ids, {site: Held(chosen, means[site][chosen]) for site, chosen in held.items()})
+    changed = run(subject, prompts.ids, held_at(means, nodes))
     cost = contrast.log_odds(prompts.final(plain)) - contrast.log_odds(prompts.final(changed))
     return float((prompts.answers(changed) != contrast.answers).float().mean()), float(cost.mean())
 

@@ -1,23 +1,24 @@
-"""Interventions: run a model with chosen nodes held at chosen values, and everything after them free to answer.
+"""Interventions: run a model with chosen nodes held at chosen values, or edges cut, and everything after them free to answer.
 
 A node's value is read from what its site reads in this very run, so an earlier intervention is seen by later nodes; the site
 then writes what it would, plus (value - activation) times the node's write vector, at every token. Errors stay as they are.
+An edge is cut by letting its target alone see the source at another value (path patching: Goldowsky-Dill et al. 2023).
 Nothing is frozen: this is what a claim about behaviour must survive, while `graphs.trace.Frozen` proves single edges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from graphs.architectures import Site
+from graphs.architectures import Site, norm
 from graphs.components import Components
 from graphs.edges import Reconstruction, reads, writes
-from graphs.trace import eager, first, hooks
+from graphs.trace import eager, first, hooks, routing
 
 
 @dataclass(frozen=True)
@@ -28,29 +29,102 @@ class Held:
     values: Float[Tensor, "node"]
 
 
-def run(subject: Reconstruction, ids: Int[Tensor, "row token"], held: Mapping[str, Held]) -> Float[Tensor, "row token vocabulary"]:
-    """Logits with nodes held, by site name. Differentiable."""
-    host, inputs = subject.host, {}
+@dataclass(frozen=True)
+class Cut:
+    """One edge: `target` reads `source` as if it had `value`; everything else reads it as it is. Both are (site name, node)."""
+
+    source: tuple[str, int]
+    target: tuple[str, int]
+    value: float
+
+
+@dataclass
+class _Run:
+    """What sites read in this run: x, 1 / scale of the norm, patterns."""
+
+    subject: Reconstruction
+    shape: tuple[int, ...]
+    x: dict[str, Tensor]
+    inverse: dict[str, Tensor]
+    pattern: dict[str, Tensor]
+
+    def values(self, site: str, nodes: Int[Tensor, "node"]) -> Float[Tensor, "row token node"]:
+        """Activations of a site's nodes."""
+        part, x = self.subject.basis[site], self.x[site]
+        if isinstance(part, Components):
+            heads = nodes // part.write.shape[1]
+            before = torch.einsum("rtd,nd->rnt", x, reads(part)[nodes]) + part.biases[nodes][:, None]
+            return torch.einsum("rnts,rns->rtn", self.pattern[site][:, heads], before)
+        return part.activations(x)[..., nodes]
+
+    def shift(self, site: str, held: Held | None, cuts: Sequence[Cut]) -> Float[Tensor, "row token d"]:
+        """What interventions on a site's nodes add to what it writes."""
+        written = writes(self.subject.basis[site])
+        moved = torch.zeros(())
+        if held is not None:
+            moved = moved + (held.values - self.values(site, held.nodes)) @ written[held.nodes]
+        for node in sorted({cut.target[1] for cut in cuts}):
+            change = self._drive_change(site, node, [cut for cut in cuts if cut.target[1] == node])
+            moved = moved + self._response(site, node, change)[..., None] * written[node]
+        return moved
+
+    def _drive_change(self, site: str, node: int, cuts: Sequence[Cut]) -> Float[Tensor, "row token"]:
+        """How the node's drive changes when its sources are seen at other values."""
+        place = next(one for one in self.subject.host.sites if one.name == site)
+        part = self.subject.basis[site]
+        pulled = norm(self.subject.host.model, place.norm).pulled(reads(part)[node])
+        total = torch.zeros(())
+        for cut in cuts:
+            where, source = cut.source
+            excess = cut.value - self.values(where, torch.tensor([source]))[..., 0]
+            total = total + excess * self.inverse[site] * (pulled @ writes(self.subject.basis[where])[source])
+        if isinstance(part, Components):
+            return torch.einsum("rts,rs->rt", self.pattern[site][:, node // part.write.shape[1]], total)
+        return total * part.factor(self.x[site])[..., node]
+
+    def _response(self, site: str, node: int, change: Float[Tensor, "row token"]) -> Float[Tensor, "row token"]:
+        """How the node's activation answers to a change of its drive."""
+        part = self.subject.basis[site]
+        if isinstance(part, Components):
+            return change
+        at = node
+        for one in part.parts:
+            if at < len(one.read):
+                drive = one.drive(self.x[site])
+                new = drive.clone()
+                new[..., at] += change
+                return one.gate(new)[..., at] - one.gate(drive)[..., at]
+            at -= len(one.read)
+        raise IndexError(node)
+
+
+def run(
+    subject: Reconstruction, ids: Int[Tensor, "row token"], held: Mapping[str, Held], cuts: Sequence[Cut] = ()
+) -> Float[Tensor, "row token vocabulary"]:
+    """Logits with nodes held, by site name, and edges cut. Differentiable."""
+    host = subject.host
+    now = _Run(subject, (*ids.shape, host.config.hidden_size), {}, {}, {})
     configs = [host.model.config, *(part.config for part in subject.stand_ins.values())]
 
-    def reading(names: list[str]):
-        def hook(_module, _args, output):
-            inputs.update({name: output for name in names})
-        return hook
+    def reading(path: str, names: list[str]):
+        through = norm(host.model, path)
 
-    def routing(site: Site):
         def hook(_module, args, kwargs, output):
-            pattern = output[1]
-            if site.name in subject.stand_ins:
-                inside = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "layer_past", "use_cache")}
-                pattern = subject.stand_ins[site.name](*args, **inside)[1]
-            inputs[f"{site.name} pattern"] = pattern
+            stream = args[0] if args else kwargs["hidden_states"]
+            inverse = through.inverse(stream.reshape(now.shape))
+            for name in names:
+                now.x[name], now.inverse[name] = output.reshape(now.shape), inverse
         return hook
 
-    def writing(site: Site, change: Held):
+    def attending(site: Site):
+        def hook(_module, args, kwargs, output):
+            now.pattern[site.name] = routing(subject.stand_ins, site.name, args, kwargs, output)
+        return hook
+
+    def writing(site: Site, mine: list[Cut]):
         def hook(_module, args, output):
-            y, x = first(output), inputs[site.name]
-            moved = y + shift(subject, site, change, x.reshape(*ids.shape, -1), inputs.get(f"{site.name} pattern")).reshape(y.shape)
+            y = first(output)
+            moved = y + now.shift(site.name, held.get(site.name), mine).reshape(y.shape)
             return (moved, *output[1:]) if isinstance(output, tuple) else moved
         return hook
 
@@ -58,26 +132,14 @@ def run(subject: Reconstruction, ids: Int[Tensor, "row token"], held: Mapping[st
         by_norm: dict[str, list[str]] = {}
         for site in host.sites:
             by_norm.setdefault(site.norm, []).append(site.name)
-            if site.name in held:
-                if site.kind == "attention":
-                    handles.append(host.module(site.module).register_forward_hook(routing(site), with_kwargs=True))
-                handles.append(host.module(site.writes).register_forward_hook(writing(site, held[site.name])))
+            mine = [cut for cut in cuts if cut.target[0] == site.name]
+            if site.kind == "attention":
+                handles.append(host.module(site.module).register_forward_hook(attending(site), with_kwargs=True))
+            if site.name in held or mine:
+                handles.append(host.module(site.writes).register_forward_hook(writing(site, mine)))
         for path, names in by_norm.items():
-            handles.append(host.module(path).register_forward_hook(reading(names)))
+            handles.append(host.module(path).register_forward_hook(reading(path, names), with_kwargs=True))
         return host.model(input_ids=ids, use_cache=False).logits
-
-
-def shift(subject: Reconstruction, site: Site, change: Held, x: Tensor, pattern: Tensor | None) -> Float[Tensor, "row token d"]:
-    """What holding the nodes adds to what the site writes."""
-    part = subject.basis[site.name]
-    if isinstance(part, Components):
-        assert pattern is not None
-        heads = change.nodes // part.write.shape[1]
-        values = torch.einsum("rtd,nd->rnt", x, reads(part)[change.nodes]) + part.biases[change.nodes][:, None]
-        a = torch.einsum("rnts,rns->rtn", pattern[:, heads], values)
-    else:
-        a = part.activations(x)[..., change.nodes]
-    return (change.values - a) @ writes(part)[change.nodes]
 
 
 def gradients(

@@ -78,6 +78,14 @@ def first(output):
     return output[0] if isinstance(output, tuple) else output
 
 
+def routing(stand_ins: Mapping[str, nn.Module], name: str, args: tuple, kwargs: dict, output: tuple) -> Float[Tensor, "row head token source"]:
+    """The attention pattern at a site: the layer's own, or its stand-in's on the same input."""
+    if name not in stand_ins:
+        return output[1]
+    inside = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "layer_past", "use_cache")}
+    return stand_ins[name](*args, **inside)[1]
+
+
 @torch.no_grad()
 def trace(host: Host, ids: Int[Tensor, "row token"], stand_ins: Mapping[str, nn.Module] | None = None) -> Trace:
     """Run `host` on `ids`. stand_ins: attention modules by site name whose patterns on the host's inputs are wanted instead."""
@@ -100,10 +108,7 @@ def trace(host: Host, ids: Int[Tensor, "row token"], stand_ins: Mapping[str, nn.
 
     def pattern(name: str):
         def hook(_module, args, kwargs, output):
-            if name in stand_ins:
-                inside = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "layer_past", "use_cache")}
-                output = stand_ins[name](*args, **inside)
-            seen[name]["pattern"] = output[1].detach()
+            seen[name]["pattern"] = routing(stand_ins, name, args, kwargs, output).detach()
         return hook
 
     def end(name: str):

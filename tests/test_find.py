@@ -63,7 +63,7 @@ def test_log_odds_are_against_the_other_answers_only():
 
 def test_too_few_prompts_are_refused():
     host = switched()
-    with pytest.raises(ValueError, match="at least four prompts with the trait"):
+    with pytest.raises(ValueError, match="at least four prompts with the trait and four without"):
         find(Reconstruction(host, neuron_basis(host)), prompts(7, 3), prompts(8))
 
 
@@ -109,7 +109,7 @@ def test_the_top_five_nodes_of_a_planted_trait_flip_it_and_matched_random_nodes_
     spec = importlib.util.spec_from_file_location("trait", ROOT / "benchmarks" / "trait.py")
     trait = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(trait)
-    host = trait.plant()
+    host = trait.plant(trait.SEEDS[0])
     assert trait.agrees(host, "Ann") > 0.95 and trait.agrees(host, "Bob") < 0.05
     save(host, tmp_path / "model", torch.float32)
     for who, name in (("Ann", "present"), ("Bob", "absent")):

@@ -5,8 +5,8 @@ import torch
 
 from graphs.architectures import neurons, post_norm, value_output
 from graphs.components import of_attention
-from graphs.edges import Reconstruction, activations
-from graphs.intervene import Held, gradients, run
+from graphs.edges import Reconstruction, activations, contributions, reading
+from graphs.intervene import Cut, Held, gradients, run
 from graphs.replace import from_noise
 from graphs.trace import trace
 from tests.test_edges import neuron_basis, prompt, random_basis, tiny
@@ -83,3 +83,44 @@ def test_a_stand_ins_components_are_routed_by_its_own_pattern(tiny_host):
     a = activations(subject.basis["L0.attention"], subject.trace(ids).sites["L0.attention"])
     same = run(subject, ids, {"L0.attention": Held(torch.tensor([3]), a[0, 0, 3][None])})
     assert not torch.allclose(same, tiny_host.model(input_ids=ids).logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cut_edge_moves_its_target_by_the_edge_and_nothing_else():
+    host = tiny("LlamaForCausalLM")
+    subject = Reconstruction(host, random_basis(host))
+    site, found = host.sites[3], trace(host, prompt())
+    for source in ("L1.attention", "L0.mlp"):
+        node = int(activations(subject.basis[source], found.sites[source])[0].abs().sum(0).argmax())
+        tokens = torch.arange(prompt().shape[1])
+        edge = contributions(host, subject.basis, found, reading(host, subject.basis, found, site, torch.full_like(tokens, 2), tokens))[source]
+        drive = subject.basis[site.name].drive(found.sites[site.name].x)[0, :, 2]
+        moved = torch.relu(drive - edge[tokens, tokens, node]) - torch.relu(drive)
+        stream = found.token[0] + sum(one.y[0] for one in found.sites.values()) + moved[:, None] * subject.basis[site.name].write[2]
+        wanted = host.model.lm_head(host.model.model.norm(stream))
+        logits = run(subject, prompt(), {}, [Cut((source, node), (site.name, 2), 0.0)])
+        assert float(moved.abs().max()) > 1e-3 and torch.allclose(logits[0], wanted, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cut_edge_into_a_component_is_routed_by_its_head():
+    host = tiny("Qwen3ForCausalLM")
+    subject, found = Reconstruction(host, neuron_basis(host)), trace(host, prompt())
+    site, length = host.sites[2], prompt().shape[1]
+    tokens = torch.arange(length)
+    edge = contributions(host, subject.basis, found, reading(host, subject.basis, found, site, torch.full_like(tokens, 13), tokens))["L0.mlp"]
+    part, seen = subject.basis["L1.attention"], found.sites["L1.attention"]
+    moved = -edge[:, :, 7].sum(1)
+    value = activations(part, seen)[0, :, 13] + moved
+
+    def hold(_module, args):  # component 13 is the second dimension of the second head (width 12)
+        changed = args[0].clone()
+        changed[0, :, 13] = value
+        return (changed,)
+
+    handle = host.module("model.layers.1.self_attn.o_proj").register_forward_pre_hook(hold)
+    try:
+        wanted = host.model(input_ids=prompt()).logits
+    finally:
+        handle.remove()
+    assert torch.allclose(run(subject, prompt(), {}, [Cut(("L0.mlp", 7), ("L1.attention", 13), 0.0)]), wanted, atol=1e-4)
