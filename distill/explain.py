@@ -38,8 +38,8 @@ def run(verb: config.Explain) -> int:
 
 def children(graph: FeatureGraph, node: int, most: int) -> list[dict[str, Any]]:
     """What the node feeds, where it carries most of the drive first."""
-    return [{"node": graph.index.name(int(graph.dst[e])), "coefficient": float(graph.coefficient[e]), "share": float(graph.share[e])}
-            for e in graph.out_of(node)[:most].tolist()]
+    return [{"node": graph.index.name(int(graph.dst[e])), "coefficient": None if graph.coefficient[e].isnan() else float(graph.coefficient[e]),
+             "share": float(graph.share[e])} for e in graph.out_of(node)[:most].tolist()]
 
 
 def facts(found: dict[str, Any], graph: FeatureGraph, opened: Opened) -> dict[str, Any]:
@@ -55,7 +55,8 @@ def page(found: dict[str, Any], graph: FeatureGraph, opened: Opened) -> str:
     lines = [f"{said.node}  ({opened.part} of {opened.folder}; active on {said.active:.1%} of {graph.tokens:,} clean tokens)", "", said.line(), "",
              f"{'share':>6} {'coefficient':>18} {'mean flow':>18} {'with':>6}  parent"]
     for term in said.terms:
-        lines.append(f"{term.share:6.1%} {term.coefficient:9.3f} +- {term.spread:5.3f} {term.flow:9.3f} +- {term.flow_error:5.3f} "
+        coefficient = "-" if term.coefficient is None else f"{term.coefficient:9.3f} +- {term.spread:5.3f}"
+        lines.append(f"{term.share:6.1%} {coefficient:>18} {term.flow:9.3f} +- {term.flow_error:5.3f} "
                      f"{term.frequency:6.1%}  {visible(term.source)}")
     lines += ["", f"These {len(said.terms)} parents carry {said.carried:.1%} of the drive; {said.enough} carry {said.explained:.1%}; "
                   f"{said.parents} carry any. What is not printed adds {said.rest:+.3f} on average."]

@@ -19,7 +19,7 @@ from graphs.canonical import canonical
 from graphs.components import Components, of_attention
 from graphs.dictionary import Dictionary, of_neurons
 from graphs.edges import Reconstruction
-from graphs.flow import build
+from graphs.flow import FORMAT, build
 from graphs.graph import FeatureGraph
 from graphs.host import load
 from graphs.replace import Replacement
@@ -59,7 +59,7 @@ class Opened:
 
         folder = self.folder / "edges" / self.part
         with locked(self.folder):
-            stage(folder, digest(self.key, rows, enough), make)
+            stage(folder, digest(self.key, rows, enough, FORMAT), make)
         return FeatureGraph.load(folder)
 
 

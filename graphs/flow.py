@@ -32,6 +32,8 @@ from graphs.graph import Block, FeatureGraph, Index, index
 from graphs.host import Host
 from graphs.trace import Trace
 
+FORMAT = 2
+"""Raised when what `build` stores changes its meaning: edges of an older format are built anew."""
 MATRICES = 9
 """Target-by-source matrices that a block holds at once, with room to work."""
 
@@ -210,6 +212,7 @@ def finish(targets: Targets, source: Sources, sums: Sums, enough: float) -> tupl
     coefficient = targets.weights.sign() * sums.absolute / activity
     variance = (sums.square / activity - coefficient.square()).clamp_min(0)
     virtual = targets.weights.masked_fill(source.error, float("nan"))
+    coefficient, variance = (one.masked_fill(source.error, float("nan")) for one in (coefficient, variance))
     edges = {"src": source.numbers[column], "dst": targets.block.start + targets.nodes[target], "weight": virtual[at], "flow": flow[at],
              "flow_error": (residual.clamp_min(0).sqrt() / count)[at], "coefficient": coefficient[at], "spread": variance.sqrt()[at],
              "share": share[at], "frequency": (sums.often / count)[at]}

@@ -139,9 +139,10 @@ def _learned_positions(host: Host) -> int:
 class FeatureGraph:
     """Nodes and edges on a task's clean tokens. Edges are sorted by target, then by how much they carry.
 
-    weight: virtual weight (NaN from an error node); flow: mean contribution to the target's drive, toward its activation, over
+    weight: virtual weight; flow: mean contribution to the target's drive, toward its activation, over
     tokens where it is active, with its standard error (clusters of rows); coefficient: contribution per unit of the source's
-    activation, mean and spread (standard deviation over tokens); share: of the target's absolute drive; frequency: how often
+    activation, mean and spread (standard deviation over tokens); an error has no activation: there weight, coefficient and spread are
+    NaN; share: of the target's absolute drive; frequency: how often
     the source is active when the target is. Per node: constant (its own bias in the drive), active: share of tokens, mean:
     activation over all tokens, drive: the flow of all sources together, explained: share that the stored parents carry, parents:
     how many there are with any flow.

@@ -62,7 +62,8 @@ def of_graph(graph: FeatureGraph, contexts: Mapping[int, Sequence[Context]], nod
         if node in reads:
             span = graph.into(node)
             found = [e for e in range(span.start, span.stop) if int(graph.src[e]) in place][:most]
-            lines += [(place[int(graph.src[e])], place[node], float(graph.coefficient[e]), float(graph.share[e])) for e in found]
+            lines += [(place[int(graph.src[e])], place[node], float(graph.flow[e] if graph.coefficient[e].isnan() else graph.coefficient[e]),
+                       float(graph.share[e])) for e in found]
     rows, dots = [], []
     largest = float(carried[kept].max()) if kept else 1.0
     for node in kept:
@@ -75,7 +76,7 @@ def of_graph(graph: FeatureGraph, contexts: Mapping[int, Sequence[Context]], nod
         dots.append(Dot(name, block.kind, rows.index(row), 0, float(carried[node]) / largest, said, line, tuple(contexts.get(node, ()))))
     total = len({*graph.src.tolist(), *reads})
     about = (f"{len(dots):,} of {total:,} nodes, {len(lines):,} of {len(graph.src):,} edges (at most {most} parents a node); "
-             "numbers on edges: contribution a unit")
+             "numbers on edges: contribution a unit, of errors the mean")
     return Picture(tuple(dots), tuple(lines), tuple(rows), about)
 
 
