@@ -90,10 +90,11 @@ def graph_table() -> str:
     shown = [share for share in parents["feature"] if float(share) in (0.5, 0.8, 0.9, 0.95)]
     needs = "; ".join(f"{float(share):.0%}: {parents['feature'][share]:.0f} (component: {counts[share]:.0f})" for share in shown)
     places = "; ".join(f"{name}: {value:.3f}" for name, value in found["by_position"].items())
-    facts = (f"{settings['features']} features a layer at width {found['d_model']}, {settings['local_steps']:,} local and "
-             f"{settings['joint_steps']:,} joint batches; edges built in {found['build_seconds']:.0f} s. Parents that the median feature needs for a "
-             f"share of its absolute drive: {needs} ([drawn](docs/parents.svg)). KL by position in packed rows (the longest row it was fitted on has "
-             f"{found['longest']} tokens): {places}.")
+    command = (f"`distill fit --task {','.join(found['tasks'])} --fit-steps {settings['local_steps']} --joint-steps {settings['joint_steps']} "
+               f"--joint-decay {settings['joint_decay']:g} --sparsity {settings['sparsity']:g}`")
+    facts = (f"Fitted by {command}: {settings['features']} features a layer at width {found['d_model']}; edges built in {found['build_seconds']:.0f} s.\n"
+             f"Parents that the median feature needs for a share of its absolute drive: {needs}\n([drawn](docs/parents.svg)).\nKL by position in "
+             f"packed rows (the longest row it was fitted on has {found['longest']} tokens): {places}.")
     return lines_of(["task", "KL, all swapped", "L0 by layer", "replacement", "completeness"], cells) + "\n\n" + facts
 
 
