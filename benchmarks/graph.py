@@ -105,7 +105,7 @@ def main(run: Path) -> None:
     assert opened.data is not None
     found["longest"] = max(len(row.ids) for row in opened.data.rows)
     started = time.monotonic()
-    graph = opened.edges(config.Inspect().rows, config.Inspect().enough, config.Inspect().memory << 20)
+    graph = opened.edges(config.Flow().rows, config.Flow().enough, config.Flow().memory << 20)
     found |= {"build_seconds": time.monotonic() - started, "edges": len(graph.src), "parents": {}}
     for kind in ("feature", "attention"):
         counts: dict[float, list[int]] = {share: [] for share in SHARES}

@@ -118,18 +118,24 @@ class Inspect:
     """What those transcoders read, where their files do not say (mlp.hook_in, ln2.hook_normalized)."""
     part: Literal["circuit", "graph"] = "circuit"
     """The circuit that was kept, healed and compiled, or the graph as it was fitted."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Flow(Inspect):
+    """What a global graph is measured on."""
+
     rows: int = 128
     """Clean rows that flow is measured on."""
     enough: float = 0.95
     """Share of each node's absolute drive that the stored parents carry."""
     memory: int = 512
     """MB for flow statistics; less memory means more passes over the rows."""
-    json: bool = False
-    """Print JSON."""
 
 
 @dataclass(frozen=True)
-class Explain(Inspect):
+class Explain(Flow):
     """Print what one node of a run computes (distill explain L2.F117), or the whole circuit as a program (--listing)."""
 
     node: str | None = None
@@ -143,7 +149,7 @@ class Explain(Inspect):
 
 
 @dataclass(frozen=True)
-class View(Inspect):
+class View(Flow):
     """Write a run's circuit, or one prompt's graph, as one offline HTML page."""
 
     prompt: str | None = None
@@ -204,7 +210,8 @@ class Plant:
 
 
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "joint_steps": 0, "gate_steps": 0, "heal_steps": 0,
-         "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1, "nodes": 1, "top": 1, "screened": 1, "controls": 1}
+         "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
+         "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16}
 """Smallest value of each numeric field that has one."""
 
 
@@ -214,6 +221,10 @@ def check(verb: Any) -> None:
         value = getattr(verb, name, None)
         if isinstance(value, int) and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+    for name in ("enough", "influence"):
+        share = getattr(verb, name, None)
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"--{name} {share:g}: give a share above 0 and up to 1")
     if getattr(verb, "keep", None) is not None and getattr(verb, "target_params", None) is not None:
         raise ValueError("--keep and --target-params exclude each other: give the share to keep or the size, not both")
 

@@ -29,6 +29,8 @@ def run(verb: config.Explain) -> int:
         return 0
     node = graph.index.find(verb.node)
     said = equation(graph, node, verb.parents)
+    if not said.terms:
+        raise ValueError(f"{said.node} was never active on these {graph.tokens:,} clean tokens; give more --rows, or another node")
     contexts = top_contexts(opened.subject, graph, node, opened.sample(verb.rows), verb.contexts)
     found = {"equation": said, "contexts": contexts, "writes_to": children(graph, node, verb.parents),
              "logits": logit_effects(opened.subject, graph, node)}

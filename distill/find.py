@@ -41,13 +41,9 @@ def read(file: Path, flag: str, opened: Opened) -> Prompts:
         texts = [json.loads(line)["prompt"] if line.startswith("{") else line.replace("\\n", "\n") for line in lines]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f"{flag} {file}: a line that begins with {{ is not JSON with a field `prompt`") from None
-    host = opened.subject.host
-    start = [] if host.tokenizer.bos_token_id is None else [host.tokenizer.bos_token_id]
-    rows = [[*start, *ids] for ids in host.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    longest = max(map(len, rows))
-    if longest > host.config.max_position_embeddings:
-        raise ValueError(f"{flag} {file}: a prompt of {longest} tokens does not fit the model's context of {host.config.max_position_embeddings}")
-    return padded(rows, host.tokenizer.eos_token_id or 0)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{flag} {file}: a field `prompt` is no text")
+    return padded([opened.ids(text, f"{flag} {file}") for text in texts], opened.subject.host.tokenizer.eos_token_id or 0)
 
 
 def turned(subject: Reconstruction, prompts: tuple[Prompts, ...]) -> Reconstruction:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from distill import config
 from distill.models import CLEAN_ROWS, downloaded, find
 from distill.rows import batches, read
@@ -17,7 +15,7 @@ from graphs.artifact import digest, locked, read_json, stage
 from graphs.batches import Batch, Epochs
 from graphs.canonical import canonical
 from graphs.components import Components, of_attention
-from graphs.dictionary import Dictionary, of_neurons
+from graphs.dictionary import Dictionary, nothing, of_neurons
 from graphs.edges import Reconstruction
 from graphs.flow import FORMAT, build
 from graphs.graph import FeatureGraph
@@ -43,17 +41,30 @@ class Opened:
     data: Epochs | None
     key: str
 
+    def ids(self, text: str, flag: str) -> list[int]:
+        """A prompt as this model reads it. Raises ValueError where there is no token, or more than the context holds."""
+        host = self.subject.host
+        start = [] if host.tokenizer.bos_token_id is None else [host.tokenizer.bos_token_id]
+        ids, limit = [*start, *host.tokenizer(text, add_special_tokens=False)["input_ids"]], host.config.max_position_embeddings
+        if not ids:
+            raise ValueError(f"{flag}: the prompt is empty; give some text")
+        if len(ids) > limit:
+            raise ValueError(f"{flag}: a prompt of {len(ids)} tokens does not fit the model's context of {limit}; shorten it")
+        return ids
+
     def sample(self, rows: int) -> list[Batch]:
         """`rows` clean rows in clusters, always the same ones. Raises ValueError where there are none (a bare model)."""
         if self.data is None:
             raise ValueError("--model: a global graph needs the clean rows of a run; give --run, or --prompt for a prompt's own graph")
         clusters = Epochs(self.data.rows, CLUSTER, self.data.pad, self.data.seed)
-        return [clusters(step) for step in range(max(1, rows // CLUSTER))]
+        return [clusters(step) for step in range(max(1, min(rows, len(self.data.rows)) // CLUSTER))]
 
     def edges(self, rows: int, enough: float, memory: int) -> FeatureGraph:
         """The part's edges on `rows` clean rows: built once, found again under RUN/edges/."""
+        sample = self.sample(rows)
+
         def make(out: Path) -> dict:
-            made = build(self.subject, self.sample(rows), enough, memory)
+            made = build(self.subject, sample, enough, memory)
             made.save(out)
             return {"part": self.part, "rows": rows, "enough": enough, "edges": len(made.src), "tokens": made.tokens}
 
@@ -65,12 +76,18 @@ class Opened:
 
 def inspected(verb: config.Inspect) -> Opened:
     """What the verb's flags name: part of a run, or a model."""
-    return reopen(verb.run, verb.part) if verb.model is None else bare(verb.model, verb.dictionaries, verb.hook)
+    if verb.model is None:
+        if verb.dictionaries != "neurons" or verb.hook is not None:
+            raise ValueError("--dictionaries and --hook belong to --model: give the model that the dictionaries were made for")
+        return reopen(verb.run, verb.part)
+    return bare(verb.model, verb.dictionaries, verb.hook)
 
 
 def bare(name: str, dictionaries: str, hook: str | None) -> Opened:
     """A model with its own attention components, and its own neurons or published transcoders. Sites without one are all error."""
     host = load(find(name), supported=tuple(ARCHITECTURES))
+    if dictionaries == "neurons" and post_norm(host.model, host.sites[1]) is not None:
+        raise ValueError(f"--model {name}: a norm scales what its MLPs write, so its neurons have no fixed write vectors; give --dictionaries DIR")
     read = {} if dictionaries == "neurons" else zoo.load(downloaded(dictionaries), host, hook)
     basis: dict[str, Dictionary | Components] = {}
     for site in host.sites:
@@ -79,7 +96,7 @@ def bare(name: str, dictionaries: str, hook: str | None) -> Opened:
         elif dictionaries == "neurons":
             basis[site.name] = of_neurons(neurons(host.model, site))
         else:
-            basis[site.name] = read.get(site.name) or Dictionary((), torch.zeros(site.d_out))
+            basis[site.name] = read.get(site.name) or nothing(site.d_in, site.d_out)
     return Opened(Path(name), dictionaries, Reconstruction(host, basis), None, "")
 
 
@@ -88,7 +105,9 @@ def reopen(folder: Path, part: str) -> Opened:
     if not (folder / part / "receipt.json").is_file():
         raise ValueError(f"--run {folder}: it holds no {part}/; run distill prune --out {folder} first" if folder.is_dir() else
                          f"--run {folder}: no such folder; give the --out of a distill prune")
-    made = read_json(folder / "receipt.json") if (folder / "receipt.json").is_file() else {"config": {}}
+    if not (folder / "receipt.json").is_file():
+        raise ValueError(f"--run {folder}: the run has not finished (it has no receipt.json); start the same command again")
+    made = read_json(folder / "receipt.json")
     settings = config.Prune(**config.from_mapping(config.Prune, made["config"], str(folder / "receipt.json")))
     host = load(find(settings.model))
     data, _ = batches(host, read(settings.rows or CLEAN_ROWS, named(settings.task)), settings.batch, settings.seed)

@@ -44,15 +44,13 @@ def run(verb: config.View) -> int:
 
 def prompt_picture(opened: Opened, verb: config.View) -> Picture:
     """The prompt's graph, exported too if asked."""
-    host, text = opened.subject.host, (verb.prompt or "").encode().decode("unicode_escape") if "\\n" in (verb.prompt or "") else verb.prompt or ""
-    ids = [host.tokenizer.bos_token_id, *host.tokenizer(text, add_special_tokens=False)["input_ids"]]
-    if len(ids) > host.config.max_position_embeddings:
-        raise ValueError(f"--prompt: {len(ids)} tokens do not fit the model's context of {host.config.max_position_embeddings}; shorten it")
+    host, text = opened.subject.host, (verb.prompt or "").replace("\\n", "\n")
+    ids = opened.ids(text, "--prompt")
     graph = attribute(opened.subject, torch.tensor([ids]), verb.influence, most=verb.nodes)
     if verb.tracer is not None:
         features = max(part.count for name, part in opened.subject.basis.items() if name.endswith(".mlp"))
         scan = f"{opened.folder.name}-{opened.part}"
-        made = export(graph, ids, text, verb.tracer.stem, scan, host.config.num_hidden_layers, features, verb.influence)
+        made = export(graph, ids, text, verb.tracer.stem, scan, host.config.num_hidden_layers, features, graph.kept)
         validate(made)
         write_json(verb.tracer, made)
     return of_prompt(graph)

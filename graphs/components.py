@@ -92,7 +92,10 @@ class Components:
             u, _, _ = torch.linalg.svd(outer.T @ stacked @ read[group] @ root, full_matrices=False)
             basis = (outer @ u)[:, :rank]  # orthonormal in what is written
             into = basis.T @ stacked  # "component component": the old components' part in each new one
-            found.append((into @ read[group], into @ bias[group], torch.stack([w.T for w in basis.split(self.write.shape[2])])))
+            size = (into @ read[group]).norm(dim=1)
+            alive = (size > 1e-6 * size.max()).double()[:, None]  # a dropped component comes back as rounding noise
+            heads = (basis * alive.T).split(self.write.shape[2])
+            found.append((alive * (into @ read[group]), alive[:, 0] * (into @ bias[group]), torch.stack([w.T for w in heads])))
         return Components(
             torch.stack([r for r, _, _ in found]).to(self.read), torch.stack([b for _, b, _ in found]).to(self.read),
             torch.cat([w for _, _, w in found]).to(self.read), self.constant)

@@ -176,6 +176,11 @@ class Dictionary:
         return self.activations(x) @ self.write + self.constant
 
 
+def nothing(d_in: int, d_out: int) -> Dictionary:
+    """A dictionary without nodes: all that its site writes is error."""
+    return Dictionary((Part(torch.zeros(0, d_in), torch.zeros(0), torch.zeros(0, d_out)),), torch.zeros(d_out))
+
+
 def of_neurons(neurons: Neurons) -> Dictionary:
     """The neuron basis: an MLP's own neurons as a dictionary, without error."""
     gate: Gate = Act(neurons.activation)

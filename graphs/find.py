@@ -179,7 +179,7 @@ def find(
     if len(present.last) < 4 or len(absent.last) < 4:
         raise ValueError("give at least four prompts with the trait and four without")
     halves = present.half(0), present.half(1), absent.half(0), absent.half(1)
-    others = absent.answers(run(subject, absent.ids, {})).unique()
+    others = halves[2].answers(run(subject, halves[2].ids, {})).unique()
     case = _Case(subject, *halves, mean_activations(subject, halves[0]), mean_activations(subject, halves[2]), others,
                  index(subject.host, subject.basis))
     plans = [search(case, strength, top, screened) for strength in strengths]
@@ -340,6 +340,8 @@ def matched(
         for where, taken in [*nodes, *out]:
             if where == site:
                 distance[taken] = torch.inf
-        close = distance.argsort()[:near]
+        close = distance.argsort()[: min(near, int(distance.isfinite().sum()))]
+        if not len(close):
+            raise ValueError(f"{site} has no other nodes to draw a control from: hold fewer nodes together (--top)")
         out.append((site, int(close[torch.randint(len(close), (1,), generator=generator)])))
     return out

@@ -1,9 +1,8 @@
 """Flow: what every edge carries on a task's clean tokens, in one or more passes that stay inside a memory budget.
 
-For target t with weight w (1 where a gated feature is active, else the sign of its activation, so that flow is counted
-toward the activation) and source s, over tokens i of clean text and with the notation of `graphs.edges`
+For target t with weight w (1 where it is active, else 0) and source s, over tokens i of clean text and with the notation of `graphs.edges`
 
-    flow         sum_i w(i) c(i) / sum_i |w(i)|             standard error: ratio estimator over clusters of rows
+    flow         sum_i w(i) c(i) / sum_i w(i)               standard error: ratio estimator over clusters of rows
     share        sum_i |c(i)| / sum_s sum_i |c(i)|
     coefficient  sum_i |w c| / sum_i |w a_s|                its spread: the same average of squared deviations
     frequency    sum_i |w| [a_s != 0] / sum_i |w|
@@ -32,7 +31,7 @@ from graphs.graph import Block, FeatureGraph, Index, index
 from graphs.host import Host
 from graphs.trace import Trace
 
-FORMAT = 2
+FORMAT = 3
 """Raised when what `build` stores changes its meaning: edges of an older format are built anew."""
 MATRICES = 9
 """Target-by-source matrices that a block holds at once, with room to work."""
@@ -156,7 +155,7 @@ def target_weight(basis: Basis, targets: Targets, seen: Seen) -> tuple[Float[Ten
         w = ((seen.trace.logits.argmax(-1)[..., None] == targets.nodes) & real).float()
         return w, torch.ones_like(w)
     part, found = basis[targets.site.name], seen.trace.sites[targets.site.name]
-    w = activations(part, found)[..., targets.nodes].sign() * real
+    w = ((activations(part, found)[..., targets.nodes] != 0) & real).float()
     if isinstance(part, Dictionary):
         return w, part.factor(found.x)[..., targets.nodes]
     return w, torch.ones_like(w) if found.post is None else found.post[..., None].expand_as(w)

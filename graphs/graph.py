@@ -15,6 +15,7 @@ on clean tokens (`graphs.flow`). A `FeatureGraph` is global: it has no position 
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -99,13 +100,22 @@ class Index:
                 limit = f"F0 to F{block.count - 1}" if feature is not None else f"H0 to H{block.count // block.width - 1}, C0 to C{block.width - 1}"
                 raise ValueError(f"{name}: layer {layer} has {limit}")
         if found := re.fullmatch(r"(token|logit) (.+)", whole, re.DOTALL):
-            text = found[2][1:-1] if found[2][:1] == found[2][-1:] and found[2][:1] in "'\"" and len(found[2]) > 1 else found[2]
+            text = _unquoted(found[2])
             if text in self.tokens:
                 return self.by_name[found[1]].start + self.tokens.index(text)
             raise ValueError(f"{name}: {text!r} is not one token of this model")
         layers = sum(block.kind == "feature" for block in self.blocks)
         raise ValueError(f"{name}: no such node; name one as L0.F12 (a feature), L0.H1.C3 (an attention component), token 'x' or logit 'x'; "
                          f"layers are L0 to L{layers - 1}")
+
+
+def _unquoted(text: str) -> str:
+    """The text of a quoted name as it was printed, or the text itself."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+    return value if isinstance(value, str) else text
 
 
 def index(host: Host, basis: Basis) -> Index:
@@ -139,8 +149,8 @@ def _learned_positions(host: Host) -> int:
 class FeatureGraph:
     """Nodes and edges on a task's clean tokens. Edges are sorted by target, then by how much they carry.
 
-    weight: virtual weight; flow: mean contribution to the target's drive, toward its activation, over
-    tokens where it is active, with its standard error (clusters of rows); coefficient: contribution per unit of the source's
+    weight: virtual weight; flow: mean contribution to the target's drive over tokens where it is
+    active, with its standard error (clusters of rows); coefficient: contribution per unit of the source's
     activation, mean and spread (standard deviation over tokens); an error has no activation: there weight, coefficient and spread are
     NaN; share: of the target's absolute drive; frequency: how often
     the source is active when the target is. Per node: constant (its own bias in the drive), active: share of tokens, mean:

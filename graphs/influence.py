@@ -33,7 +33,7 @@ from graphs.trace import Trace
 
 @dataclass(frozen=True)
 class Outcome:
-    """Logits whose influences are asked for: vocabulary entries at a token, with weights that sum to 1."""
+    """Logits whose influences are asked for: vocabulary entries at a token, weighted by their probabilities."""
 
     vocabulary: tuple[int, ...]
     weights: tuple[float, ...]
@@ -58,7 +58,7 @@ def likely(found: Trace, token: int = -1, mass: float = 0.95, most: int = 10) ->
     at = token % found.ids.shape[1]
     p, order = found.logits[0, at].softmax(-1).sort(descending=True)
     count = min(most, int((p.cumsum(0) < mass).sum()) + 1)
-    return Outcome(tuple(order[:count].tolist()), tuple((p[:count] / p[:count].sum()).tolist()), at)
+    return Outcome(tuple(order[:count].tolist()), tuple(p[:count].tolist()), at)
 
 
 @dataclass

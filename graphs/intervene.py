@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from graphs.architectures import Site, norm
+from graphs.architectures import Norm, Site, norm, post_norm
 from graphs.components import Components
 from graphs.edges import Reconstruction, reads, writes
 from graphs.trace import eager, first, hooks, routing
@@ -40,13 +40,14 @@ class Cut:
 
 @dataclass
 class _Run:
-    """What sites read in this run: x, 1 / scale of the norm, patterns."""
+    """What sites read in this run: x, 1 / scale of the norm, patterns, 1 / scale of post-norms."""
 
     subject: Reconstruction
     shape: tuple[int, ...]
     x: dict[str, Tensor]
     inverse: dict[str, Tensor]
     pattern: dict[str, Tensor]
+    post: dict[str, Tensor]
 
     def values(self, site: str, nodes: Int[Tensor, "node"]) -> Float[Tensor, "row token node"]:
         """Activations of a site's nodes."""
@@ -54,7 +55,8 @@ class _Run:
         if isinstance(part, Components):
             heads = nodes // part.write.shape[1]
             before = torch.einsum("rtd,nd->rnt", x, reads(part)[nodes]) + part.biases[nodes][:, None]
-            return torch.einsum("rnts,rns->rtn", self.pattern[site][:, heads], before)
+            routed = torch.einsum("rnts,rns->rtn", self.pattern[site][:, heads], before)
+            return routed * self.post[site][..., None] if site in self.post else routed
         return part.activations(x)[..., nodes]
 
     def shift(self, site: str, held: Held | None, cuts: Sequence[Cut]) -> Float[Tensor, "row token d"]:
@@ -79,7 +81,8 @@ class _Run:
             excess = cut.value - self.values(where, torch.tensor([source]))[..., 0]
             total = total + excess * self.inverse[site] * (pulled @ writes(self.subject.basis[where])[source])
         if isinstance(part, Components):
-            return torch.einsum("rts,rs->rt", self.pattern[site][:, node // part.write.shape[1]], total)
+            routed = torch.einsum("rts,rs->rt", self.pattern[site][:, node // part.write.shape[1]], total)
+            return routed * self.post[site] if site in self.post else routed
         return total * part.factor(self.x[site])[..., node]
 
     def _response(self, site: str, node: int, change: Float[Tensor, "row token"]) -> Float[Tensor, "row token"]:
@@ -103,7 +106,7 @@ def run(
 ) -> Float[Tensor, "row token vocabulary"]:
     """Logits with nodes held, by site name, and edges cut. Differentiable."""
     host = subject.host
-    now = _Run(subject, (*ids.shape, host.config.hidden_size), {}, {}, {})
+    now = _Run(subject, (*ids.shape, host.config.hidden_size), {}, {}, {}, {})
     configs = [host.model.config, *(part.config for part in subject.stand_ins.values())]
 
     def reading(path: str, names: list[str]):
@@ -114,6 +117,11 @@ def run(
             inverse = through.inverse(stream.reshape(now.shape))
             for name in names:
                 now.x[name], now.inverse[name] = output.reshape(now.shape), inverse
+        return hook
+
+    def scaling(site: Site, through: Norm):
+        def hook(_module, args, _output):
+            now.post[site.name] = through.inverse(args[0].reshape(now.shape))
         return hook
 
     def attending(site: Site):
@@ -133,6 +141,8 @@ def run(
         for site in host.sites:
             by_norm.setdefault(site.norm, []).append(site.name)
             mine = [cut for cut in cuts if cut.target[0] == site.name]
+            if (after := post_norm(host.model, site)) is not None:
+                handles.append(host.module(site.writes).register_forward_hook(scaling(site, after)))  # before what writes: hooks run in order
             if site.kind == "attention":
                 handles.append(host.module(site.module).register_forward_hook(attending(site), with_kwargs=True))
             if site.name in held or mine:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,7 @@ from graphs.artifact import read_json, whole, write_json
 from graphs.dictionary import Dictionary, Gate, Identity, JumpReLU, Part, ReLU, TopK, skip
 from graphs.host import Host, check_safetensors
 
-GAIN_IN = ("mlp.hook_in", "hook_mlp_in", "mlp")
+GAIN_IN = ("mlp.hook_in", "mlp")
 """Inputs that are the norm's output as the model computes it."""
 GAIN_OUT = ("ln2.hook_normalized",)
 """Inputs that are the norm's output before its gain."""
@@ -115,6 +116,8 @@ def _sparsify(file: Path) -> Read:
     if config.get("activation", "topk") != "topk" or config.get("multi_topk"):
         raise ValueError(f"{file.parent}: activation {config.get('activation')!r} is not read; give one trained with topk")
     weights = _tensors(file)
+    if not isinstance(config.get("k"), int) or "encoder.weight" not in weights:
+        raise ValueError(f"{file.parent}: its cfg.json has no k, or its weights no encoder; give a whole sparsify folder")
     named = {"W_enc": weights["encoder.weight"], "b_enc": weights["encoder.bias"]} | {k: v for k, v in weights.items() if not k.startswith("encoder")}
     return named, "mlp", lambda _: TopK(int(config["k"]))
 
@@ -123,7 +126,10 @@ def _circuit_tracer(file: Path) -> Read:
     import yaml
 
     where, weights = file.parent / "config.yaml", _tensors(file)
-    reads = (yaml.safe_load(where.read_text()) or {}).get("feature_input_hook") if where.is_file() else None
+    try:
+        reads = (yaml.safe_load(where.read_text()) or {}).get("feature_input_hook") if where.is_file() else None
+    except (yaml.YAMLError, AttributeError):
+        raise ValueError(f"{where}: not a YAML mapping; restore the file") from None
 
     def gate(w: dict[str, Tensor]) -> Gate:
         return TopK(int(w["k"])) if "k" in w else JumpReLU(w["threshold"]) if "threshold" in w else ReLU()
@@ -139,6 +145,8 @@ def _gemma_scope(file: Path) -> Read:
                 weights = {name: torch.from_numpy(found[name]).float() for name in found.files}
         except ValueError as error:
             raise ValueError(f"{file}: it holds pickled objects, which can run code; save plain arrays") from error
+        except (BadZipFile, EOFError):
+            raise ValueError(f"{file} is truncated or damaged: copy it again") from None
     else:
         weights = _tensors(file)
     names = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
@@ -153,7 +161,8 @@ def _dictionary(
     file: Path, host: Host, site: Site, weights: dict[str, Tensor], hook: str | None, gate: Callable[[dict[str, Tensor]], Gate]
 ) -> Dictionary:
     """Feature-first, against the model."""
-    missing = [name for name in ("W_enc", "b_enc", "W_dec", "b_dec") if name not in weights]
+    needed = ("W_enc", "b_enc", "W_dec", "b_dec", *(("threshold",) if file.name.startswith("params.") else ()))
+    missing = [name for name in needed if name not in weights]
     if missing:
         raise ValueError(f"{file}: it has no {missing[0]}, so it is no transcoder")
     bias = weights["b_enc"].flatten()
@@ -169,7 +178,10 @@ def _dictionary(
             raise ValueError(f"{file}: it reads {hook}, before a norm's gain and offset, and this norm has an offset; refit it on mlp.hook_in")
     elif ending not in GAIN_IN:
         raise ValueError(f"{file}: it reads {hook or 'a place that its files do not name'}; we need an MLP's normalised input "
-                         f"({', '.join((*GAIN_IN[:2], *GAIN_OUT))}): give --hook if you know it is one, or refit")
+                         f"({', '.join((*GAIN_IN[:1], *GAIN_OUT))}): give --hook if you know it is one, or refit")
+    for name, length in (("b_dec", site.d_out), ("threshold", len(bias))):
+        if name in weights and weights[name].numel() != length:
+            raise ValueError(f"{file}: {name} has {weights[name].numel()} numbers and {length} were expected")
     parts = [Part(read / gain, bias, write, gate(weights))]
     if through is not None:
         parts.append(skip(through / gain))

@@ -75,3 +75,14 @@ def test_making_a_replacement_canonical_changes_names_not_outputs(tiny_host):
     before, read = replacement(ids), values.weight.clone()
     canonical(replacement, lambda _: Batch(ids, real, real), 2)
     assert torch.allclose(before, replacement(ids), atol=1e-4) and not torch.allclose(read, values.weight, atol=1e-2)
+
+
+def test_a_dropped_component_stays_dropped_in_the_canonical_basis():
+    host = tiny("GPT2LMHeadModel")
+    site = host.sites[0]
+    x = trace(host, prompt()).sites[site.name].x
+    whole = of_attention(value_output(host.model, site))
+    kept = torch.ones_like(whole.bias, dtype=torch.bool)
+    kept[:, 5:] = False
+    turned = whole.keep(kept).in_metric(moment(x))
+    assert int((turned.read.abs().sum(2) == 0).sum()) == 4 * 3 and int((turned.write.abs().sum(2) == 0).sum()) == 4 * 3

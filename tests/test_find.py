@@ -78,7 +78,7 @@ def model(tmp_path):
 
 def test_the_verb_prints_the_numbers_and_fails_where_chance_does_as_well(model, capsys):
     argv = ["find", "--model", str(model / "model"), "--present", str(model / "present.txt"), "--screened", "10"]
-    assert main([*argv, "--absent", str(model / "present.txt"), "--controls", "5"]) == 1
+    assert main([*argv, "--absent", str(model / "present.txt")]) == 1
     assert "answers changed, prompts without the trait" in capsys.readouterr().out
     main([*argv, "--absent", str(model / "absent.jsonl"), "--json", "--top", "1"])
     made = json.loads(capsys.readouterr().out)

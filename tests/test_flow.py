@@ -31,7 +31,6 @@ def slow(host, basis, site, node):
                 if a == 0:
                     continue
                 count += 1
-                sign = 1 if a > 0 else -1
                 parts = contributions(host, basis, found, reading(host, basis, found, site, torch.tensor([node]), torch.tensor([token])))
                 for name, values in parts.items():
                     for j in range(ids.shape[1]):
@@ -43,7 +42,7 @@ def slow(host, basis, site, node):
                         for n, c in enumerate(values[0, j].tolist()):
                             key = (name, int(ids[0, j])) if name == "token" else (name, j) if name == "position" else (name, n)
                             level = 1.0 if name not in basis else levels[name][j][n]
-                            flow[key] = flow.get(key, 0.0) + sign * c
+                            flow[key] = flow.get(key, 0.0) + c
                             absolute[key] = absolute.get(key, 0.0) + abs(c)
                             activity[key] = activity.get(key, 0.0) + routed * level
                             often[key] = often.get(key, 0.0) + routed * (level != 0)
@@ -110,6 +109,8 @@ def test_names_find_their_nodes_and_wrong_names_are_refused_in_a_sentence():
     host = tiny("LlamaForCausalLM")
     nodes = build(Reconstruction(host, random_basis(host)), batches(), only=["L0.mlp"]).index
     for name in ("L1.F3", "L0.H2.C1", "L1.attention.error", "L0.mlp.bias"):
+        assert nodes.name(nodes.find(name)) == name
+    for name in ("L1.F3", "token 'w7'", "logit 'w9'"):
         assert nodes.name(nodes.find(name)) == name
     with pytest.raises(ValueError, match=r"L0\.F99: layer 0 has F0 to F22"):
         nodes.find("L0.F99")

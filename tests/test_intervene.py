@@ -124,3 +124,17 @@ def test_a_cut_edge_into_a_component_is_routed_by_its_head():
     finally:
         handle.remove()
     assert torch.allclose(run(subject, prompt(), {}, [Cut(("L0.mlp", 7), ("L1.attention", 13), 0.0)]), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GPTNeoXForCausalLM"])
+@torch.no_grad()
+def test_a_node_held_at_its_own_value_changes_nothing(name):
+    host = tiny(name)
+    subject, ids = Reconstruction(host, random_basis(host)), prompt()[:, :1]
+    found = subject.trace(ids)
+    for site in host.sites:
+        part = subject.basis[site.name]
+        own = activations(part, found.sites[site.name])[0, 0]
+        nodes = torch.arange(part.count)[:7]
+        held = run(subject, ids, {site.name: Held(nodes, own[nodes])})
+        assert torch.allclose(held, host.model(input_ids=ids).logits, atol=1e-4)

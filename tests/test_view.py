@@ -9,12 +9,15 @@ from distill import config
 from distill.__main__ import main
 from distill.view import page
 from graphs.contexts import Context, every_context, top_contexts
+from graphs.dictionary import Dictionary, Part
 from graphs.edges import Reconstruction
 from graphs.flow import build
 from graphs.graph import FeatureGraph
+from graphs.host import save
 from graphs.picture import Dot, Picture, of_graph, of_prompt
 from graphs.prompt_graph import attribute
 from graphs.tracer_format import export, validate
+from graphs.zoo import save_sae_lens
 from tests.chromium import Browser
 from tests.test_edges import prompt, random_basis, tiny
 from tests.test_explain import folder as run_folder
@@ -80,6 +83,30 @@ def test_the_verb_writes_both_pages(folder, tmp_path, capsys):
     assert main(["view", "--run", str(folder), "--tracer", str(tmp_path / "t.json")]) == 2
     assert "give --prompt too" in capsys.readouterr().err
     assert config.View().nodes == 3000
+
+
+def test_a_bare_model_is_drawn_by_its_own_neurons_or_by_dictionaries_of_some_layers(tmp_path, capsys):
+    host = tiny("LlamaForCausalLM")  # its tokenizer has no BOS
+    save(host, tmp_path / "model", torch.float32)
+    out, argv = tmp_path / "page.html", ["view", "--model", str(tmp_path / "model"), "--prompt", "w3 w4 w5"]
+    assert main([*argv, "--out", str(out)]) == 0 and "replacement score 1.000" in capsys.readouterr().out
+    part = Part(torch.randn(20, 32), torch.zeros(20), torch.randn(20, 32))
+    save_sae_lens(Dictionary((part,), torch.zeros(32)), tmp_path / "dictionaries" / "layer_1", host.sites[3], "mlp.hook_in")
+    assert main([*argv, "--out", str(out), "--dictionaries", str(tmp_path / "dictionaries")]) == 0
+    assert "L0.mlp.error" in out.read_text()  # a layer without a dictionary is all error
+    capsys.readouterr()
+
+    def refused(*words):
+        assert main([str(word) for word in words]) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert "needs --out FILE" in refused(*argv)
+    assert "a global graph needs the clean rows of a run" in refused("explain", "L0.F1", "--model", tmp_path / "model")
+    assert not (tmp_path / "model" / ".lock").exists() and not list((tmp_path / "model").glob("edges"))
+    assert "belong to --model" in refused("view", "--prompt", "w3", "--dictionaries", tmp_path)
+    assert "give a share above 0" in refused("view", "--influence", "0")
+    save(tiny("Gemma2ForCausalLM"), tmp_path / "gemma", torch.float32)
+    assert "have no fixed write vectors" in refused("view", "--model", tmp_path / "gemma", "--prompt", "w3", "--out", out)
 
 
 def picture_of(count: int, links: int) -> Picture:
