@@ -91,7 +91,7 @@ def graph_table() -> str:
     needs = "; ".join(f"{float(share):.0%}: {parents['feature'][share]:.0f} (component: {counts[share]:.0f})" for share in shown)
     places = "; ".join(f"{name}: {value:.3f}" for name, value in found["by_position"].items())
     command = (f"`distill fit --task {','.join(found['tasks'])} --fit-steps {settings['local_steps']} --joint-steps {settings['joint_steps']} "
-               f"--joint-decay {settings['joint_decay']:g} --sparsity {settings['sparsity']:g}`")
+               f"--sparsity {settings['sparsity']:g}`")
     facts = (f"Fitted by {command}: {settings['features']} features a layer at width {found['d_model']}; edges built in "
              f"{found['build_seconds']:.0f} s.\n"
              f"Parents that the median feature needs for a share of its absolute drive: {needs}\n([drawn](docs/parents.svg)).\nKL by position in "

@@ -28,8 +28,6 @@ class Fit:
     """Batches of the local fit (each site alone)."""
     joint_steps: int = 100
     """Batches of the end-to-end fit (all sites swapped in)."""
-    joint_decay: float = 0.0
-    """Weight decay of the end-to-end fit: with long fits it brings the graph closer to the model on text it was not fitted on."""
     sparsity: float = 2e-3
     """Weight of the sparsity penalty."""
     attention: Literal["refit", "kept"] = "refit"

@@ -40,15 +40,14 @@ Batches = Callable[[int], Batch]
 
 @dataclass(frozen=True)
 class FitConfig:
-    """features: a layer; joint_decay: weight decay of the end-to-end fit; sparsity: weight of the penalty; prompt_weight: weight in
-    KL of positions that predict prompt tokens (1 for those of the completion); attention: "refit" from noise or "kept" (ablation)."""
+    """features: a layer; sparsity: weight of the penalty; prompt_weight: weight in KL of positions that predict prompt
+    tokens (1 for those of the completion); attention: "refit" from noise or "kept" (ablation)."""
 
     features: int = 512
     local_steps: int = 400
     joint_steps: int = 100
     local_rate: float = 4e-3
     joint_rate: float = 1.5e-3
-    joint_decay: float = 0.0
     sparsity: float = 2e-3
     prompt_weight: float = 0.1
     attention: str = "refit"
@@ -63,7 +62,7 @@ def fit(targets: Targets, config: FitConfig, state: Path | None = None) -> tuple
     losses = {"fit: local": _local(host, replacement, batches, config, spread, state and state.with_suffix(".local"))}
     losses["fit: end to end"] = distill(
         targets, replacement, config.joint_steps, config.joint_rate, config.prompt_weight, "fit: end to end",
-        state and state.with_suffix(".joint"), first=config.local_steps, decay=config.joint_decay)
+        state and state.with_suffix(".joint"), first=config.local_steps)
     set_means(replacement, batches)
     return replacement, losses
 
