@@ -64,10 +64,10 @@ def drawing(parents: dict[str, dict[str, float]]) -> str:
 
     for kind, counts in parents.items():
         points = " ".join(f"{60 + 380 * float(share):.1f},{height(value):.1f}" for share, value in counts.items())
-        end = points.split()[-1].split(",")
-        colour = "#1769aa" if kind == "feature" else "#b3401f"
+        x, y = map(float, points.split()[1].split(","))
+        colour, below = ("#1769aa", 18) if kind == "feature" else ("#b3401f", -10)
         lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                     f'<text x="{float(end[0]) - 6}" y="{float(end[1]) - 8}" fill="{colour}" text-anchor="end">{kind}</text>')
+                     f'<text x="{x:.1f}" y="{y + below:.1f}" fill="{colour}" text-anchor="middle">{kind}</text>')
     for share in (0.3, 0.5, 0.8, 0.95):
         lines.append(f'<text x="{60 + 380 * share:.0f}" y="268" text-anchor="middle">{share:.0%}</text>')
     for value in (1, 4, 16, 64, 256):
