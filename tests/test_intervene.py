@@ -71,7 +71,7 @@ def test_slopes_predict_small_changes():
     held = {"L0.mlp": Held(torch.tensor([9]), torch.zeros(1))}
     write = subject.basis["L0.mlp"].write[9]
     guess = -float((a * (slopes["L0.mlp"][0] @ write)).sum())
-    real = float(metric(run(subject, prompt(), held)) - value)
+    real = float(metric(run(subject, prompt(), held)).detach() - value)
     assert guess == pytest.approx(real, abs=0.3 * abs(real) + step)
 
 
