@@ -41,6 +41,8 @@ from graphs.targets import Targets
 from graphs.train import discard
 
 HEAL_RATE = 2.5e-3
+MARGIN = 2.0
+"""Standard errors that a rung must have to spare on tune."""
 RUNGS = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 """Shares of the fitted width that the search for the smallest circuit steps through."""
 
@@ -181,7 +183,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
                 "kept": {name: kept.tolist() for name, kept in chosen.kept.items()}, "nodes": replacement.node_counts(),
                 "seconds": time.monotonic() - started}
 
-    key = digest(gated["key"], verb.share, verb.target_params, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS)
+    key = digest(gated["key"], verb.share, verb.target_params, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN)
     state = job.work / f"heal-{key}"
     receipt, cached = stage(job.folder / "circuit", key, make)
     discard(state)
@@ -190,7 +192,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
 
 @dataclass(frozen=True)
 class Healed:
-    """A circuit of one size after healing, the nodes it holds, what it keeps on tune, the least of that less a standard error, the
+    """A circuit of one size after healing, the nodes it holds, what it keeps on tune, the least of that less its margin, the
     losses of all healing."""
 
     size: Size
@@ -206,9 +208,9 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
 
     The rung that the gates were drawn to is healed first. Where it does not keep the asked share on tune, larger ones are
     healed until one does. Where it does, it is pruned further, rung by rung, with a third of the healing each, until a
-    rung fails. A rung passes by the one-standard-error rule (Breiman et al. 1984, "Classification and regression trees",
-    section 3.4.3): the smallest of several that just pass on tune fails on test. (Circuits cannot be told apart before
-    healing: LOG.md.)
+    rung fails. A rung passes where two standard errors are to spare (cf. the one-standard-error rule, Breiman et al. 1984,
+    "Classification and regression trees", section 3.4.3): the smallest of several that just pass on tune fails on
+    test. (Circuits cannot be told apart before healing: LOG.md.)
     """
     first = verb.fit_steps + verb.joint_steps + verb.gate_steps
     components = verb.attention_nodes == "components"
@@ -218,7 +220,7 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
         label = f"heal {size.heads} heads, {size.features} features" + (f", {size.components} components" if components else "")
         losses = distill(job.targets, circuit, steps, HEAL_RATE, 0.1, label, state.with_suffix(f".{size.features}"), first, verb.heal_decay)
         found = tuner.retention(circuit.host())
-        certain = min(share - error for share, error in found.values())
+        certain = min(share - MARGIN * error for share, error in found.values())
         healed = Healed(size, kept, circuit, {name: share for name, (share, _) in found.items()}, certain, before + losses)
         said = ", ".join(f"{name} {share:.3f} +- {error:.3f}" for name, (share, error) in found.items())
         print(f"{label}: keeps {said} of the model's own on tune; asked {verb.share:.3f}", file=sys.stderr)
