@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from distill.models import find
+from evals.generate import prompt_ids
 from graphs.batches import Epochs, encode
 from graphs.host import Host, load, save
 from graphs.train import TrainConfig, train
@@ -68,8 +69,7 @@ def agrees(host: Host, who: str, count: int = 200) -> float:
     """Share of wrong claims by `who` that the model agrees with."""
     rng, said = random.Random(9), 0
     for text, _ in (row(rng, who, True) for _ in range(count)):
-        ids = host.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        ids = torch.cat([torch.tensor([[host.tokenizer.bos_token_id]]), ids], 1)
+        ids = torch.tensor(prompt_ids(host, [text]))
         claim = host.tokenizer(text.split(":")[1].split("\n")[0], add_special_tokens=False)["input_ids"][0]
         said += int(host.model(input_ids=ids).logits[0, -1].argmax()) == claim
     return said / count

@@ -31,7 +31,7 @@ def run(verb: config.Explain) -> int:
     said = equation(graph, node, verb.parents)
     if not said.terms:
         raise ValueError(f"{said.node} was never active on these {graph.tokens:,} clean tokens; give more --rows, or another node")
-    contexts = top_contexts(opened.subject, graph, node, opened.sample(verb.rows), verb.contexts)
+    contexts = top_contexts(opened.subject, graph, [node], opened.sample(verb.rows), verb.contexts)[node]
     found = {"equation": said, "contexts": contexts, "writes_to": children(graph, node, verb.parents),
              "logits": logit_effects(opened.subject, graph, node)}
     print(json.dumps(facts(found, graph, opened), indent=1) if verb.json else page(found, graph, opened))

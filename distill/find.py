@@ -13,7 +13,7 @@ from distill.report import visible
 from distill.runs import Opened, inspected
 from graphs.components import Components
 from graphs.edges import Reconstruction
-from graphs.find import Prompts, Report, find, padded
+from graphs.find import STRENGTHS, Prompts, Report, find, padded
 
 
 def run(verb: config.Find) -> int:
@@ -23,7 +23,7 @@ def run(verb: config.Find) -> int:
     opened = inspected(verb)
     present, absent = (read(file, flag, opened) for file, flag in ((verb.present, "--present"), (verb.absent, "--absent")))
     subject = opened.subject if verb.model is None else turned(opened.subject, (present, absent))
-    strengths = (1.0, 2.0, 3.0, 4.0) if verb.strength is None else (verb.strength,)
+    strengths = STRENGTHS if verb.strength is None else (verb.strength,)
     report = find(subject, present, absent, verb.top, strengths, verb.screened, verb.controls, seed=verb.seed)
     print(json.dumps(asdict(report) | {"p_value": report.p_value}, indent=1) if verb.json else page(report))
     return 0 if report.p_value <= 0.05 else 1

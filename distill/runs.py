@@ -8,14 +8,15 @@ from pathlib import Path
 from distill import config
 from distill.models import CLEAN_ROWS, downloaded, find
 from distill.rows import batches, read
+from evals.generate import prompt_ids
 from evals.tasks import named
 from graphs import zoo
-from graphs.architectures import ARCHITECTURES, neurons, post_norm, value_output
+from graphs.architectures import ARCHITECTURES, attention_components, neurons, post_norm
 from graphs.artifact import digest, locked, read_json, stage
 from graphs.batches import Batch, Epochs
 from graphs.canonical import canonical
-from graphs.components import Components, of_attention
-from graphs.dictionary import Dictionary, nothing, of_neurons
+from graphs.components import Components
+from graphs.dictionary import Dictionary, nothing
 from graphs.edges import Reconstruction
 from graphs.flow import FORMAT, build
 from graphs.graph import FeatureGraph
@@ -43,9 +44,7 @@ class Opened:
 
     def ids(self, text: str, flag: str) -> list[int]:
         """A prompt as this model reads it. Raises ValueError where there is no token, or more than the context holds."""
-        host = self.subject.host
-        start = [] if host.tokenizer.bos_token_id is None else [host.tokenizer.bos_token_id]
-        ids, limit = [*start, *host.tokenizer(text, add_special_tokens=False)["input_ids"]], host.config.max_position_embeddings
+        (ids,), limit = prompt_ids(self.subject.host, [text]), self.subject.host.config.max_position_embeddings
         if not ids:
             raise ValueError(f"{flag}: the prompt is empty; give some text")
         if len(ids) > limit:
@@ -92,9 +91,9 @@ def bare(name: str, dictionaries: str, hook: str | None) -> Opened:
     basis: dict[str, Dictionary | Components] = {}
     for site in host.sites:
         if site.kind == "attention":
-            basis[site.name] = of_attention(value_output(host.model, site), post_norm(host.model, site))
+            basis[site.name] = attention_components(host.model, site)
         elif dictionaries == "neurons":
-            basis[site.name] = of_neurons(neurons(host.model, site))
+            basis[site.name] = neurons(host.model, site)
         else:
             basis[site.name] = read.get(site.name) or nothing(site.d_in, site.d_out)
     return Opened(Path(name), dictionaries, Reconstruction(host, basis), None, "")

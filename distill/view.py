@@ -16,10 +16,13 @@ from distill import config
 from distill.report import environment, visible
 from distill.runs import Opened, inspected
 from graphs.artifact import write_json, write_text
-from graphs.contexts import every_context
+from graphs.contexts import top_contexts
 from graphs.picture import Picture, of_graph, of_prompt
 from graphs.prompt_graph import attribute
 from graphs.tracer_format import export, validate
+
+SHOWN = 3
+"""Contexts a node on the page."""
 
 
 def run(verb: config.View) -> int:
@@ -32,7 +35,7 @@ def run(verb: config.View) -> int:
     out = verb.out or verb.run / ("prompt.html" if verb.prompt is not None else "view.html")
     if verb.prompt is None:
         graph = opened.edges(verb.rows, verb.enough, verb.memory << 20)
-        picture = of_graph(graph, every_context(opened.subject, graph, opened.sample(verb.rows)), verb.nodes)
+        picture = of_graph(graph, top_contexts(opened.subject, graph, graph.index.inner, opened.sample(verb.rows), SHOWN), verb.nodes)
         title = f"{opened.part} of {opened.folder}"
     else:
         picture, title = prompt_picture(opened, verb), f"a prompt in the {opened.part} of {opened.folder}"

@@ -58,10 +58,11 @@ def complete(
 
 
 def prompt_ids(host: Host, prompts: Sequence[str]) -> list[list[int]]:
-    """BOS and the prompt's tokens, for each prompt."""
+    """BOS, where the tokenizer has one, and the prompt's tokens, for each prompt."""
     if not prompts:
         return []
-    return [[host.tokenizer.bos_token_id, *row] for row in host.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    start = [] if host.tokenizer.bos_token_id is None else [host.tokenizer.bos_token_id]
+    return [[*start, *row] for row in host.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
 
 
 def greedy(logits: Float[Tensor, "row vocabulary"]) -> Int[Tensor, " row"]:

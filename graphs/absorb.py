@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from graphs.activations import hooks
 from graphs.attention import columns as columns_of
 from graphs.attention import projection, relabelled, width
 from graphs.fit import Batches
@@ -40,21 +41,20 @@ class Moments:
 def moments(replacement: Replacement, batches: Batches, count: int = 16) -> dict[str, Moments]:
     """Moments at every site, with all parts swapped in."""
     seen: dict[str, list[Tensor]] = {}
-    handles = []
 
     def watch(name: str, part: nn.Module):
         def hook(_module, inputs):
             seen[name] = [part.encode(inputs[0]) if isinstance(part, Transcoder) else inputs[0]]
         return hook
 
-    for site in replacement.sites:
-        part = replacement.part(site)
-        target = part if isinstance(part, Transcoder) else projection(part, "o_proj")
-        handles.append(target.register_forward_pre_hook(watch(site.name, part)))
     first: dict[str, Tensor] = {}
     second: dict[str, Tensor] = {}
     tokens = 0
-    try:
+    with hooks() as handles:
+        for site in replacement.sites:
+            part = replacement.part(site)
+            target = part if isinstance(part, Transcoder) else projection(part, "o_proj")
+            handles.append(target.register_forward_pre_hook(watch(site.name, part)))
         for step in range(count):
             batch = batches(step)
             replacement(batch.ids)
@@ -63,9 +63,6 @@ def moments(replacement: Replacement, batches: Batches, count: int = 16) -> dict
                 real = values[batch.real]
                 first[name] = first.get(name, torch.zeros(())) + real.sum(0)
                 second[name] = second.get(name, torch.zeros(())) + real.T @ real
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: Moments(first[name] / tokens, second[name] / tokens) for name in first}
 
 

@@ -6,11 +6,14 @@ whatever happens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from graphs.attention import projection
 from graphs.host import Host
@@ -28,10 +31,21 @@ class Recording:
     logits: Float[Tensor, "row token vocabulary"] | None = None
 
 
+@contextmanager
+def hooks() -> Iterator[list[RemovableHandle]]:
+    """A list of hook handles that are removed whatever happens."""
+    handles: list[RemovableHandle] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def record(host: Host, ids: Int[Tensor, "row token"], logits: bool = False) -> Recording:
     """Run the host on `ids` and return what each site read and wrote."""
-    found, handles = Recording(), []
+    found = Recording()
 
     def before(name: str):
         def hook(_module, args, kwargs):
@@ -49,7 +63,7 @@ def record(host: Host, ids: Int[Tensor, "row token"], logits: bool = False) -> R
             found.outputs[name] = (output[0] if isinstance(output, tuple) else output).detach()
         return hook
 
-    try:
+    with hooks() as handles:
         for site in host.sites:
             module = host.module(site.module)
             handles.append(module.register_forward_pre_hook(before(site.name), with_kwargs=True))
@@ -60,7 +74,4 @@ def record(host: Host, ids: Int[Tensor, "row token"], logits: bool = False) -> R
             found.logits = host.model(input_ids=ids).logits
         else:
             host.model.model(input_ids=ids)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found

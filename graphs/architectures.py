@@ -3,7 +3,7 @@
 The only file that knows Hugging Face module names. A row says where the layers are, which norm each sublayer reads
 through, which module's output is added to the residual stream, where the value and output projections and the neurons'
 weights are, and whether attention and MLP of a layer read the same stream (a parallel block). Everything else in
-`graphs/` works on what this file hands out: `Site`s, and weights with the *feature axis first*.
+`graphs/` works on what this file hands out: `Site`s, norms, and the model's own nodes with the *feature axis first*.
 
 A normalisation is linear once its scale is frozen:
 
@@ -21,6 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from graphs.components import Components
+from graphs.dictionary import Act, Dictionary, Gate, Gated, Part
 
 LLAMA_VALUES, FUSED, INTERLEAVED = "v_proj", "c_attn", "query_key_value"
 
@@ -161,11 +164,11 @@ def post_norm(model: PreTrainedModel, site: Site) -> Norm | None:
     return norm(model, site.writes) if architecture(model).post else None
 
 
-def linear(module: nn.Module) -> tuple[Float[Tensor, "out inside"], Float[Tensor, "out"] | None]:
-    """Weight, output axis first, and bias of a Linear or of GPT-2's transposed Conv1D."""
-    weight = module.weight.detach()  # type: ignore[union-attr, operator]
-    bias = getattr(module, "bias", None)
-    return (weight if isinstance(module, nn.Linear) else weight.T), None if bias is None else bias.detach()
+def linear(module: nn.Module) -> tuple[Float[Tensor, "out inside"], Float[Tensor, "out"]]:
+    """Weight, output axis first, and bias (zeros where there is none) of a Linear or of GPT-2's transposed Conv1D."""
+    weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator, assignment]
+    weight, bias = weight if isinstance(module, nn.Linear) else weight.T, getattr(module, "bias", None)
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()
 
 
 def heads(model: PreTrainedModel, attention: nn.Module) -> tuple[int, int]:
@@ -178,52 +181,35 @@ def heads(model: PreTrainedModel, attention: nn.Module) -> tuple[int, int]:
     return linear(attention.get_submodule(row.values))[0].shape[0] // width, width
 
 
-@dataclass(frozen=True)
-class ValueOutput:
-    """What an attention layer reads by value and writes: read and bias a KV group, write a head, and the output bias."""
+def attention_components(model: PreTrainedModel, site: Site, attention: nn.Module | None = None) -> Components:
+    """The value dimensions of the attention layer at `site` as components, without error: the model's own, or those of a module
+    that stands in for it. A post-norm's gain is folded into the write vectors.
 
-    read: Float[Tensor, "group component d_in"]
-    bias: Float[Tensor, "group component"]
-    write: Float[Tensor, "head component d_out"]
-    constant: Float[Tensor, "d_out"]
-
-
-def value_output(model: PreTrainedModel, site: Site, attention: nn.Module | None = None) -> ValueOutput:
-    """Value and output weights at `site`, of the model's own attention module or of one that stands in for it."""
+    Raises ValueError where that norm centres or shifts what it scales: no supported class does.
+    """
     row, module = architecture(model), attention or model.get_submodule(site.module)
     groups, width = heads(model, module)
     weight, bias = linear(module.get_submodule(row.values))
-    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     if row.values == FUSED:
         weight, bias = weight.chunk(3)[2], bias.chunk(3)[2]
     elif row.values == INTERLEAVED:
         weight = weight.reshape(groups, 3, width, -1)[:, 2].reshape(groups * width, -1)
         bias = bias.reshape(groups, 3, width)[:, 2].reshape(-1)
     out, constant = linear(module.get_submodule(row.output))
-    return ValueOutput(
-        weight.reshape(groups, width, -1), bias.reshape(groups, width), out.T.reshape(-1, width, out.shape[0]),
-        out.new_zeros(out.shape[0]) if constant is None else constant)
+    write, post = out.T.reshape(-1, width, out.shape[0]), post_norm(model, site)
+    if post is not None:
+        if post.centred or bool(post.offset.any()) or bool(constant.any()):
+            raise ValueError("a post-norm that centres or shifts its input has no components: use heads instead")
+        write = write * post.gain
+    return Components(weight.reshape(groups, width, -1), bias.reshape(groups, width), write, constant)
 
 
-@dataclass(frozen=True)
-class Neurons:
-    """An MLP's own neurons: read and write vectors, biases, the activation's name; gate: a gated MLP's second read."""
-
-    read: Float[Tensor, "feature d_in"]
-    bias: Float[Tensor, "feature"]
-    write: Float[Tensor, "feature d_out"]
-    constant: Float[Tensor, "d_out"]
-    activation: str
-    gate: Float[Tensor, "feature d_in"] | None = None
-    gate_bias: Float[Tensor, "feature"] | None = None
-
-
-def neurons(model: PreTrainedModel, site: Site) -> Neurons:
-    """The neurons of the MLP at `site`; in a gated MLP `read` is the up projection."""
+def neurons(model: PreTrainedModel, site: Site) -> Dictionary:
+    """The neuron basis: the own neurons of the MLP at `site` as a dictionary, without error but behind a post-norm; in a gated MLP
+    `read` is the up projection."""
     row = architecture(model)
-    base = f"{row.layers}.{site.layer}"
-    parts = [linear(model.get_submodule(f"{base}.{name}")) for name in row.neurons]
-    whole = [(weight, weight.new_zeros(weight.shape[0]) if bias is None else bias) for weight, bias in parts]
+    whole = [linear(model.get_submodule(f"{row.layers}.{site.layer}.{name}")) for name in row.neurons]
     (read, bias), (out, constant) = whole[-2], whole[-1]
-    gate, gate_bias = whole[0] if len(whole) == 3 else (None, None)
-    return Neurons(read, bias, out.T, constant, getattr(model.config, row.activation), gate, gate_bias)
+    activation = getattr(model.config, row.activation)
+    gate: Gate = Gated(activation, *whole[0]) if len(whole) == 3 else Act(activation)
+    return Dictionary((Part(read, bias, out.T, gate),), constant)

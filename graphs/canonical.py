@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphs.architectures import value_output
+from graphs.architectures import attention_components
 from graphs.attention import set_components
-from graphs.components import of_attention
 from graphs.fit import Batches
 from graphs.replace import Replacement
 from graphs.trace import hooks
@@ -40,4 +39,4 @@ def canonical(replacement: Replacement, batches: Batches, count: int = 8) -> Non
             replacement(batch.ids)
     for site in attention:
         part = replacement.part(site)
-        set_components(part, of_attention(value_output(replacement.model, site, part)).in_metric(second[site.name]))
+        set_components(part, attention_components(replacement.model, site, part).in_metric(second[site.name]))

@@ -21,8 +21,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from graphs.architectures import Norm, ValueOutput
-
 Pattern = Float[Tensor, "row head token source"]
 
 
@@ -99,15 +97,3 @@ class Components:
         return Components(
             torch.stack([r for r, _, _ in found]).to(self.read), torch.stack([b for _, b, _ in found]).to(self.read),
             torch.cat([w for _, _, w in found]).to(self.read), self.constant)
-
-
-def of_attention(found: ValueOutput, post: Norm | None = None) -> Components:
-    """A layer's own value dimensions as components, without error. post: a norm between the layer and the stream.
-
-    Raises ValueError where that norm centres or shifts what it scales: no supported class does.
-    """
-    if post is None:
-        return Components(found.read, found.bias, found.write, found.constant)
-    if post.centred or bool(post.offset.any()) or bool(found.constant.any()):
-        raise ValueError("a post-norm that centres or shifts its input has no components: use heads instead")
-    return Components(found.read, found.bias, found.write * post.gain, found.constant)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from graphs.architectures import architecture, norm
 from graphs.batches import Batch
-from graphs.edges import Reconstruction, activations, writes
-from graphs.graph import FeatureGraph
+from graphs.edges import Reconstruction, activations, unembedding
+from graphs.graph import Block, FeatureGraph
 
 AROUND = 12
 """Tokens shown on either side."""
@@ -27,20 +27,37 @@ class Context:
 
 
 @torch.no_grad()
-def top_contexts(subject: Reconstruction, graph: FeatureGraph, node: int, batches: Sequence[Batch], count: int = 5) -> list[Context]:
-    """The `count` rows in which `node` is most active (by absolute activation), each at its strongest token; fewer where it is silent."""
-    block = graph.index.block(node)
-    found: list[tuple[float, float, list[int], int]] = []
+def top_contexts(
+    subject: Reconstruction, graph: FeatureGraph, nodes: Sequence[int], batches: Sequence[Batch], count: int = 5
+) -> dict[int, list[Context]]:
+    """By node, the `count` rows in which it is most active (by absolute activation), each at its strongest token; fewer where it is
+    silent. One pass over the rows for all nodes."""
+    wanted: dict[Block, list[int]] = {}
+    for node in nodes:
+        wanted.setdefault(graph.index.block(node), []).append(node)
+    best: dict[Block, list[tuple[Tensor, Tensor]]] = {block: [] for block in wanted}
+    rows: list[list[int]] = []
     for batch in batches:
         seen = subject.trace(batch.ids)
-        values = seen.logits if block.kind == "logit" else activations(subject.basis[block.name], seen.sites[block.name])
-        value = values[..., node - block.start].masked_fill(~batch.real, 0.0)
-        best = value.abs().argmax(1)
-        for row, place in enumerate(best.tolist()):
-            size = float(value[row, place])
-            found.append((abs(size), size, batch.ids[row][batch.real[row]].tolist(), place))
-    found.sort(key=lambda one: -one[0])
-    return [_context(subject.host.tokenizer.decode, size, ids, at) for strength, size, ids, at in found[:count] if strength > 0]
+        for block, mine in wanted.items():
+            values = seen.logits if block.kind == "logit" else activations(subject.basis[block.name], seen.sites[block.name])
+            values = values[..., torch.tensor(mine) - block.start].masked_fill(~batch.real[..., None], 0.0)
+            places = values.abs().argmax(1)
+            best[block].append((values.gather(1, places[:, None])[:, 0], places))
+        rows += [ids[real].tolist() for ids, real in zip(batch.ids, batch.real, strict=True)]
+    found: dict[int, list[Context]] = {}
+    for block, mine in wanted.items():
+        values, places = (torch.cat(parts) for parts in zip(*best[block], strict=True))
+        top = values.abs().sort(dim=0, descending=True, stable=True).indices[:count]
+        for column, node in enumerate(mine):
+            found[node] = [_context(subject, float(values[row, column]), rows[row], int(places[row, column]))
+                           for row in top[:, column].tolist() if values[row, column] != 0]
+    return found
+
+
+def _context(subject: Reconstruction, size: float, ids: list[int], at: int) -> Context:
+    decode = subject.host.tokenizer.decode
+    return Context(size, str(decode(ids[max(0, at - AROUND) : at])), str(decode([ids[at]])), str(decode(ids[at + 1 : at + 1 + AROUND])))
 
 
 def logit_effects(subject: Reconstruction, graph: FeatureGraph, node: int, count: int = 6) -> list[tuple[str, float]]:
@@ -48,35 +65,7 @@ def logit_effects(subject: Reconstruction, graph: FeatureGraph, node: int, count
     block = graph.index.block(node)
     if block.kind not in ("feature", "attention"):
         return []
-    host = subject.host
-    head, through = host.model.get_output_embeddings().weight.detach(), norm(host.model, architecture(host.model).final_norm)
-    effect = through.pulled(head - head.mean(0)) @ writes(subject.basis[block.name])[node - block.start]
+    through, table = unembedding(subject.host)
+    effect = through.pulled(table) @ subject.basis[block.name].writes[node - block.start]
     order = effect.argsort(descending=True).tolist()
     return [(graph.index.tokens[token], float(effect[token])) for token in (*order[:count], *order[-count:])]
-
-
-@torch.no_grad()
-def every_context(subject: Reconstruction, graph: FeatureGraph, batches: Sequence[Batch], count: int = 3) -> dict[int, list[Context]]:
-    """`top_contexts` of every feature and component in one pass over the rows."""
-    blocks = [block for block in graph.index.blocks if block.kind in ("feature", "attention")]
-    best: dict[str, list[tuple]] = {block.name: [] for block in blocks}
-    rows: list[list[int]] = []
-    for batch in batches:
-        seen = subject.trace(batch.ids)
-        for block in blocks:
-            values = activations(subject.basis[block.name], seen.sites[block.name]).masked_fill(~batch.real[..., None], 0.0)
-            places = values.abs().argmax(1)
-            best[block.name].append((values.gather(1, places[:, None])[:, 0], places))
-        rows += [ids[real].tolist() for ids, real in zip(batch.ids, batch.real, strict=True)]
-    decode, found = subject.host.tokenizer.decode, {}
-    for block in blocks:
-        values, places = (torch.cat(parts) for parts in zip(*best[block.name], strict=True))
-        top = values.abs().topk(min(count, len(values)), dim=0).indices
-        for node in range(block.count):
-            chosen = [(float(values[row, node]), rows[row], int(places[row, node])) for row in top[:, node].tolist() if values[row, node] != 0]
-            found[block.start + node] = [_context(decode, *one) for one in chosen]
-    return found
-
-
-def _context(decode, size: float, ids: list[int], at: int) -> Context:
-    return Context(size, str(decode(ids[max(0, at - AROUND) : at])), str(decode([ids[at]])), str(decode(ids[at + 1 : at + 1 + AROUND])))

@@ -24,8 +24,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from graphs.architectures import Neurons
-
 
 @dataclass(frozen=True)
 class ReLU:
@@ -143,17 +141,17 @@ class Dictionary:
         return sum(len(part.read) for part in self.parts)
 
     @property
-    def read(self) -> Float[Tensor, "feature d_in"]:
+    def reads(self) -> Float[Tensor, "feature d_in"]:
         """Every node's read vector."""
         return torch.cat([part.read for part in self.parts])
 
     @property
-    def bias(self) -> Float[Tensor, "feature"]:
+    def biases(self) -> Float[Tensor, "feature"]:
         """Every node's bias."""
         return torch.cat([part.bias for part in self.parts])
 
     @property
-    def write(self) -> Float[Tensor, "feature d_out"]:
+    def writes(self) -> Float[Tensor, "feature d_out"]:
         """Every node's write vector."""
         return torch.cat([part.write for part in self.parts])
 
@@ -173,20 +171,12 @@ class Dictionary:
 
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """What the dictionary writes in the MLP's place."""
-        return self.activations(x) @ self.write + self.constant
+        return self.activations(x) @ self.writes + self.constant
 
 
 def nothing(d_in: int, d_out: int) -> Dictionary:
     """A dictionary without nodes: all that its site writes is error."""
     return Dictionary((Part(torch.zeros(0, d_in), torch.zeros(0), torch.zeros(0, d_out)),), torch.zeros(d_out))
-
-
-def of_neurons(neurons: Neurons) -> Dictionary:
-    """The neuron basis: an MLP's own neurons as a dictionary, without error."""
-    gate: Gate = Act(neurons.activation)
-    if neurons.gate is not None and neurons.gate_bias is not None:
-        gate = Gated(neurons.activation, neurons.gate, neurons.gate_bias)
-    return Dictionary((Part(neurons.read, neurons.bias, neurons.write, gate),), neurons.constant)
 
 
 def skip(matrix: Float[Tensor, "d_out d_in"], rank: int | None = None) -> Part:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from graphs.architectures import Site, architecture, norm
+from graphs.architectures import Norm, Site, architecture, norm
 from graphs.components import Components
 from graphs.dictionary import Dictionary
 from graphs.host import Host
@@ -56,21 +56,6 @@ class Reading:
     depth: int
 
 
-def reads(part: Dictionary | Components) -> Float[Tensor, "node d_in"]:
-    """Every node's read vector."""
-    return part.read if isinstance(part, Dictionary) else part.reads
-
-
-def biases(part: Dictionary | Components) -> Float[Tensor, "node"]:
-    """Every node's bias."""
-    return part.bias if isinstance(part, Dictionary) else part.biases
-
-
-def writes(part: Dictionary | Components) -> Float[Tensor, "node d_out"]:
-    """Every node's write vector."""
-    return part.write if isinstance(part, Dictionary) else part.writes
-
-
 def activations(part: Dictionary | Components, seen: SiteTrace) -> Float[Tensor, "row token node"]:
     """Every node's activation in a traced run."""
     if isinstance(part, Dictionary):
@@ -84,14 +69,16 @@ def drives(part: Dictionary | Components, seen: SiteTrace) -> Float[Tensor, "row
     return part.drive(seen.x) if isinstance(part, Dictionary) else activations(part, seen)
 
 
-def errors(part: Dictionary | Components, seen: SiteTrace) -> Float[Tensor, "row token d_out"]:
-    """What the nodes of a site leave unexplained of what it wrote."""
-    return seen.y - activations(part, seen) @ writes(part) - part.constant
+def errors(
+    part: Dictionary | Components, seen: SiteTrace, active: Float[Tensor, "row token node"] | None = None
+) -> Float[Tensor, "row token d_out"]:
+    """What the nodes of a site leave unexplained of what it wrote. active: their activations, where they are known already."""
+    return seen.y - (activations(part, seen) if active is None else active) @ part.writes - part.constant
 
 
 def virtual_weights(host: Host, target: Site, read: Dictionary | Components, source: Dictionary | Components) -> Float[Tensor, "target source"]:
     """V between all nodes of two sites, data-free."""
-    return norm(host.model, target.norm).pulled(reads(read)) @ writes(source).T
+    return norm(host.model, target.norm).pulled(read.reads) @ source.writes.T
 
 
 def reading(
@@ -99,8 +86,8 @@ def reading(
 ) -> Reading:
     """Nodes of one site at tokens of a one-row trace, as targets."""
     part, seen, through = basis[site.name], found.sites[site.name], norm(host.model, site.norm)
-    read = reads(part)[nodes]
-    own = biases(part)[nodes] + read @ through.offset
+    read = part.reads[nodes]
+    own = part.biases[nodes] + read @ through.offset
     weight = torch.zeros(len(nodes), found.ids.shape[1])
     if isinstance(part, Dictionary):
         factor = part.factor(seen.x)[0][tokens, nodes]
@@ -113,6 +100,34 @@ def reading(
         weight = routed * factor[:, None] * seen.inverse[0]
         constant = factor * own * routed.sum(1)
     return Reading(through.pulled(read), weight, constant, site.reads_at)
+
+
+def unembedding(host: Host) -> tuple[Norm, Float[Tensor, "vocabulary d"]]:
+    """The last norm, and what a logit reads behind it: each token's row against the mean of all, for only differences count."""
+    head = host.model.get_output_embeddings().weight.detach()
+    return norm(host.model, architecture(host.model).final_norm), head - head.mean(0)
+
+
+def factors(part: Dictionary | Components, seen: SiteTrace, nodes: Int[Tensor, "target"]) -> Float[Tensor, "row token target"]:
+    """m of some of a site's nodes: a gated neuron's frozen gate, or a post-norm's 1 / scale."""
+    if isinstance(part, Dictionary):
+        return part.factor(seen.x)[..., nodes]
+    ones = torch.ones(*seen.inverse.shape, len(nodes))
+    return ones if seen.post is None else ones * seen.post[..., None]
+
+
+def routed(
+    part: Dictionary | Components, seen: SiteTrace, nodes: Int[Tensor, "target"], weight: Float[Tensor, "row token target"]
+) -> Float[Tensor, "row token target"]:
+    """Weights of targets at the tokens where they read: where they stand, or wherever their heads look."""
+    if isinstance(part, Dictionary):
+        return weight
+    assert seen.pattern is not None
+    out, heads = torch.empty_like(weight), nodes // part.write.shape[1]
+    for head in heads.unique().tolist():
+        mine = torch.where(heads == head)[0]
+        out[..., mine] = seen.pattern[:, head].transpose(1, 2) @ weight[..., mine]
+    return out
 
 
 def logit_reading(
@@ -139,8 +154,8 @@ def contributions(host: Host, basis: Basis, found: Trace, targets: Reading) -> d
         if site.writes_at > targets.depth:
             continue
         part, seen = basis[site.name], found.sites[site.name]
-        weights = targets.vector @ writes(part).T
-        out[site.name] = targets.weight[..., None] * weights[:, None] * activations(part, seen)[0]
-        out[f"{site.name}.error"] = whole(errors(part, seen)[0])
+        active = activations(part, seen)
+        out[site.name] = targets.weight[..., None] * (targets.vector @ part.writes.T)[:, None] * active[0]
+        out[f"{site.name}.error"] = whole(errors(part, seen, active)[0])
         out[f"{site.name}.bias"] = whole(part.constant.expand(len(found.ids[0]), -1))
     return out

@@ -32,11 +32,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from graphs.architectures import norm
-from graphs.components import Components
-from graphs.edges import Reconstruction, activations, reads, writes
+from graphs.batches import Encoded, collate
+from graphs.edges import Reconstruction, activations, factors, routed
 from graphs.graph import Index, index
 from graphs.intervene import Cut, Held, gradients, run
-from graphs.trace import trace
+
+STRENGTHS = (1.0, 2.0, 3.0, 4.0)
+"""Tried by default."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,8 @@ class Prompts:
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> Prompts:
     """Token ids of several prompts as one rectangle."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return Prompts(ids, torch.arange(width)[None] < lengths[:, None], lengths - 1)
+    batch = collate([Encoded(tuple(row), len(row)) for row in rows], pad)
+    return Prompts(batch.ids, batch.real, batch.real.sum(1) - 1)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class _Plan:
 
 @torch.no_grad()
 def find(
-    subject: Reconstruction, present: Prompts, absent: Prompts, top: int = 5, strengths: Sequence[float] = (1.0, 2.0, 3.0, 4.0), screened: int = 60,
+    subject: Reconstruction, present: Prompts, absent: Prompts, top: int = 5, strengths: Sequence[float] = STRENGTHS, screened: int = 60,
     controls: int = 20, edges: int = 10, seed: int = 0,
 ) -> Report:
     """Rank and screen at each strength, keep the best, verify. Raises ValueError where there are too few prompts."""
@@ -226,18 +226,13 @@ def verify(case: _Case, plan: _Plan, controls: int, edges: int, generator: torch
 
 def mean_contributions(subject: Reconstruction, prompts: Prompts, target: tuple[str, int]) -> dict[str, Float[Tensor, "_node"]]:
     """What each earlier node contributes to the target's drive, a real token."""
-    found, site = trace(subject.host, prompts.ids, subject.stand_ins), next(s for s in subject.host.sites if s.name == target[0])
+    found, site, node = subject.trace(prompts.ids), subject.host.site(target[0]), torch.tensor([target[1]])
     part, seen = subject.basis[site.name], found.sites[site.name]
-    weight = prompts.real.float()
-    if isinstance(part, Components):
-        assert seen.pattern is not None
-        weight = torch.einsum("rts,rt->rs", seen.pattern[:, target[1] // part.write.shape[1]], weight if seen.post is None else weight * seen.post)
-    else:
-        weight = weight * part.factor(seen.x)[..., target[1]]
-    pulled = norm(subject.host.model, site.norm).pulled(reads(part)[target[1]])
+    weight = routed(part, seen, node, prompts.real[..., None] * factors(part, seen, node))[..., 0]
+    pulled = norm(subject.host.model, site.norm).pulled(part.reads[target[1]])
     earlier = [one.name for one in subject.host.sites if one.writes_at <= site.reads_at]
     level = {name: torch.einsum("rt,rtn->n", weight * seen.inverse, activations(subject.basis[name], found.sites[name])) for name in earlier}
-    return {name: level[name] * (writes(subject.basis[name]) @ pulled) / prompts.real.sum() for name in earlier}
+    return {name: level[name] * (subject.basis[name].writes @ pulled) / prompts.real.sum() for name in earlier}
 
 
 def top_edges(
@@ -300,7 +295,7 @@ def held_at(means: dict[str, Tensor], nodes: Sequence[tuple[str, int]]) -> dict[
 
 def mean_activations(subject: Reconstruction, prompts: Prompts, around: dict[str, Tensor] | None = None) -> dict[str, Float[Tensor, "node"]]:
     """Mean activation of every node over real tokens; with `around`, mean absolute distance from those values instead."""
-    found = trace(subject.host, prompts.ids, subject.stand_ins)
+    found = subject.trace(prompts.ids)
     out = {}
     for name, part in subject.basis.items():
         a = activations(part, found.sites[name])[prompts.real]
@@ -310,11 +305,11 @@ def mean_activations(subject: Reconstruction, prompts: Prompts, around: dict[str
 
 def rank(subject: Reconstruction, prompts: Prompts, means: dict[str, Tensor], slopes: dict[str, Tensor]) -> dict[str, Float[Tensor, "node"]]:
     """First-order effect on the log-odds of every node's excess over `means`, a prompt."""
-    found = trace(subject.host, prompts.ids, subject.stand_ins)
+    found = subject.trace(prompts.ids)
     out = {}
     for name, part in subject.basis.items():
         excess = (activations(part, found.sites[name]) - means[name]) * prompts.real[..., None]
-        out[name] = (excess * (slopes[name] @ writes(part).T)).sum((0, 1)) / len(prompts.last)
+        out[name] = (excess * (slopes[name] @ part.writes.T)).sum((0, 1)) / len(prompts.last)
     return out
 
 
@@ -335,7 +330,7 @@ def matched(
     """For each node another one of its site, drawn among the `near` whose holding moves what the site writes by the most similar amount."""
     out: list[tuple[str, int]] = []
     for site, node in nodes:
-        size = moved[site] * writes(subject.basis[site]).norm(dim=1)
+        size = moved[site] * subject.basis[site].writes.norm(dim=1)
         distance = (size.clamp_min(1e-12).log() - size[node].clamp_min(1e-12).log()).abs()
         for where, taken in [*nodes, *out]:
             if where == site:

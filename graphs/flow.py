@@ -4,12 +4,12 @@ For target t with weight w (1 where it is active, else 0) and source s, over tok
 
     flow         sum_i w(i) c(i) / sum_i w(i)               standard error: ratio estimator over clusters of rows
     share        sum_i |c(i)| / sum_s sum_i |c(i)|
-    coefficient  sum_i |w c| / sum_i |w a_s|                its spread: the same average of squared deviations
-    frequency    sum_i |w| [a_s != 0] / sum_i |w|
+    coefficient  sum_i w |c| / sum_i w |a_s|                its spread: the same average of squared deviations
+    frequency    sum_i w [a_s != 0] / sum_i w
 
 A contribution is V[t, s] times what is free of t, or routed by the target's head, so each statistic is a matrix product of
 (tokens x targets) with (tokens x sources): no contribution is ever stored. Errors have a vector of their own at each token.
-Targets are taken in blocks whose accumulators fit `memory` bytes; each block is one pass over the tokens.
+A pass over the tokens takes as many targets as have accumulators in `memory` bytes; each batch is run once a pass.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from tqdm import tqdm
 
 from graphs.architectures import Site, architecture, norm
 from graphs.batches import Batch
-from graphs.components import Components
-from graphs.dictionary import Dictionary
-from graphs.edges import Basis, Reconstruction, activations, biases, errors, reads, writes
+from graphs.edges import Basis, Reconstruction, activations, errors, factors, routed, unembedding
 from graphs.graph import Block, FeatureGraph, Index, index
 from graphs.host import Host
 from graphs.trace import Trace
@@ -67,7 +65,7 @@ def sources(host: Host, basis: Basis, nodes: Index, depth: int, tokens: Int[Tens
         error.append(torch.zeros(places.count, dtype=torch.bool))
     for site in _writers(host, depth):
         part = basis[site.name]
-        for suffix, written in (("", writes(part)), (".bias", part.constant[None]), (".error", torch.zeros_like(part.constant)[None])):
+        for suffix, written in (("", part.writes), (".bias", part.constant[None]), (".error", torch.zeros_like(part.constant)[None])):
             block = nodes.by_name[site.name + suffix]
             numbers.append(block.start + torch.arange(block.count))
             vectors.append(written)
@@ -80,7 +78,7 @@ def _writers(host: Host, depth: int) -> list[Site]:
 
 
 def see(host: Host, basis: Basis, nodes: Index, depth: int, tokens: Int[Tensor, "token"], batch: Batch, found: Trace) -> Seen:
-    """The batch's activations in the order of `sources`."""
+    """The batch's activations in the order of `sources`; those of a smaller depth are the first of them."""
     place = torch.zeros(host.config.vocab_size, dtype=torch.long)
     place[tokens] = torch.arange(len(tokens))
     columns = [torch.nn.functional.one_hot(place[batch.ids], len(tokens)).float()]
@@ -88,8 +86,10 @@ def see(host: Host, basis: Basis, nodes: Index, depth: int, tokens: Int[Tensor, 
         columns.append(torch.eye(batch.ids.shape[1], count).expand(len(batch.ids), -1, -1))
     missing, one = [], torch.ones(*batch.ids.shape, 1)
     for site in _writers(host, depth):
-        columns += [activations(basis[site.name], found.sites[site.name]), one, one]
-        missing.append(errors(basis[site.name], found.sites[site.name]))
+        part, there = basis[site.name], found.sites[site.name]
+        active = activations(part, there)
+        columns += [active, one, one]
+        missing.append(errors(part, there, active))
     gone = torch.stack(missing) if missing else torch.zeros(0, *found.token.shape)
     return Seen(torch.cat(columns, -1), gone, found, batch.real)
 
@@ -140,7 +140,7 @@ class Targets:
 @dataclass(frozen=True)
 class Weights:
     """How a block of targets weighs each source token, zero at pads. signed: what times V a_s gives the flow; absolute: the same
-    without signs; plain: |w| (routed); square: |w| (routed) times the squared factors between V a_s and a contribution."""
+    without signs; plain: w (routed); square: w (routed) times the squared factors between V a_s and a contribution."""
 
     signed: Float[Tensor, "row token target"]
     absolute: Float[Tensor, "row token target"]
@@ -155,25 +155,15 @@ def target_weight(basis: Basis, targets: Targets, seen: Seen) -> tuple[Float[Ten
         w = ((seen.trace.logits.argmax(-1)[..., None] == targets.nodes) & real).float()
         return w, torch.ones_like(w)
     part, found = basis[targets.site.name], seen.trace.sites[targets.site.name]
-    w = ((activations(part, found)[..., targets.nodes] != 0) & real).float()
-    if isinstance(part, Dictionary):
-        return w, part.factor(found.x)[..., targets.nodes]
-    return w, torch.ones_like(w) if found.post is None else found.post[..., None].expand_as(w)
+    return ((activations(part, found)[..., targets.nodes] != 0) & real).float(), factors(part, found, targets.nodes)
 
 
 def source_weights(basis: Basis, targets: Targets, seen: Seen, w: Tensor, factor: Tensor) -> Weights:
     """Weights at the source's tokens: where the target stands, or wherever its head looks."""
-    inverse = (seen.trace.inverse if targets.site is None else seen.trace.sites[targets.site.name].inverse)[..., None]
-    out = [w * factor, (w * factor).abs(), w.abs(), w.abs() * factor.square()]
-    part = None if targets.site is None else basis[targets.site.name]
-    if isinstance(part, Components):
-        pattern = seen.trace.sites[targets.site.name].pattern  # type: ignore[union-attr]
-        assert pattern is not None
-        heads = targets.nodes // part.write.shape[1]
-        for head in heads.unique().tolist():
-            mine = torch.where(heads == head)[0]
-            for one in out:
-                one[..., mine] = pattern[:, head].transpose(1, 2) @ one[..., mine]
+    out, inverse = [w * factor, w * factor.abs(), w, w * factor.square()], seen.trace.inverse[..., None]
+    if targets.site is not None:
+        part, found = basis[targets.site.name], seen.trace.sites[targets.site.name]
+        out, inverse = [routed(part, found, targets.nodes, one) for one in out], found.inverse[..., None]
     signed, absolute, plain, square = out
     return Weights(signed * inverse, absolute * inverse, plain, square * inverse.square())
 
@@ -183,15 +173,15 @@ def accumulate(basis: Basis, targets: Targets, source: Sources, seen: Seen, sums
     w, factor = target_weight(basis, targets, seen)
     weights = source_weights(basis, targets, seen, w, factor)
     signed, absolute, plain, square = (one[seen.real].T for one in (weights.signed, weights.absolute, weights.plain, weights.square))
-    a, v = seen.activations[seen.real], targets.weights
+    a, v = seen.activations[seen.real][:, : len(source.numbers)], targets.weights
     flow, size = v * (signed @ a), v.abs() * (absolute @ a.abs())
     if len(missing := torch.where(source.error)[0]):
-        error = seen.errors[:, seen.real] @ targets.pulled.T  # "error token target"
+        error = seen.errors[: len(missing), seen.real] @ targets.pulled.T  # "error token target"
         flow[:, missing] = (signed.T * error).sum(1).T
         size[:, missing] = (absolute.T * error.abs()).sum(1).T
     part = None if targets.site is None else basis[targets.site.name]
     value = seen.trace.logits if part is None else activations(part, seen.trace.sites[targets.site.name])  # type: ignore[union-attr]
-    sums.add(flow, size, plain @ a.abs(), v.square() * (square @ a.abs()), plain @ (a != 0).float(), w[seen.real].abs().sum(0),
+    sums.add(flow, size, plain @ a.abs(), v.square() * (square @ a.abs()), plain @ (a != 0).float(), w[seen.real].sum(0),
              value[..., targets.nodes][seen.real].sum(0))
 
 
@@ -225,10 +215,9 @@ def readers(host: Host, basis: Basis, nodes: Index, chosen: Int[Tensor, "token"]
     found: list[tuple[Block, Site | None, Tensor, Tensor, Tensor]] = []
     for site in sorted(host.sites, key=lambda site: site.writes_at):
         part, through = basis[site.name], norm(host.model, site.norm)
-        constant = biases(part) + reads(part) @ through.offset
-        found.append((nodes.by_name[site.name], site, torch.arange(part.count), through.pulled(reads(part)), constant))
-    head, through = host.model.get_output_embeddings(), norm(host.model, architecture(host.model).final_norm)
-    centred = head.weight.detach() - head.weight.detach().mean(0)  # a logit counts against the mean of all
+        constant = part.biases + part.reads @ through.offset
+        found.append((nodes.by_name[site.name], site, torch.arange(part.count), through.pulled(part.reads), constant))
+    head, (through, centred) = host.model.get_output_embeddings(), unembedding(host)
     bias = torch.zeros(len(centred)) if head.bias is None else head.bias.detach() - head.bias.detach().mean()
     found.append((nodes.by_name["logit"], None, chosen, through.pulled(centred[chosen]), bias[chosen] + centred[chosen] @ through.offset))
     return found
@@ -246,32 +235,41 @@ def build(
     host, basis = subject.host, subject.basis
     nodes = index(host, basis)
     tokens = torch.cat([batch.ids[batch.real] for batch in batches]).unique()
-    chosen = torch.cat([subject.trace(batch.ids).logits.argmax(-1)[batch.real] for batch in batches]).unique()
+    chosen = torch.cat([host.model(input_ids=batch.ids).logits.argmax(-1)[batch.real] for batch in batches]).unique()
     edges: dict[str, list[Tensor]] = {}
     own = {name: torch.zeros(nodes.count) for name in ("constant", "active", "mean", "drive", "explained", "parents")}
     sampled = sum(int(batch.real.sum()) for batch in batches)
-    plan = []
+    plan: list[list[tuple[Targets, Sources]]] = [[]]
+    left, deepest = memory, 2 * host.config.num_hidden_layers
     for block, site, numbers, pulled, constant in readers(host, basis, nodes, chosen):
         if only is not None and block.name not in only:
             continue
         source = sources(host, basis, nodes, block.depth, tokens)
         one = MATRICES * 4 * len(source.numbers)
-        room = memory // one
-        if room < 1:
+        if one > memory:
             raise ValueError(f"--memory {memory >> 20}: one target of {block.name} needs {one / 2**20:.1f} MB; give more")
-        plan += [(block, site, source, part, pulled[part], constant[part], numbers[part]) for part in torch.arange(len(numbers)).split(room)]
+        start = 0
+        while start < len(numbers):
+            if left < one:
+                plan.append([])
+                left = memory
+            part = slice(start, start + left // one)
+            plan[-1].append((Targets(block, site, numbers[part], pulled[part], constant[part], pulled[part] @ source.writes.T), source))
+            start, left = part.stop, left - len(numbers[part]) * one
     bar = tqdm(total=len(plan) * len(batches), desc="graph", mininterval=1.0, leave=False)
-    for block, site, source, _, pulled, constant, numbers in plan:
-        targets = Targets(block, site, numbers, pulled, constant, pulled @ source.writes.T)
-        sums = Sums.empty(len(numbers), len(source.numbers))
+    for group in plan:
+        sums = [Sums.empty(len(targets.nodes), len(source.numbers)) for targets, source in group]
         for batch in batches:
-            accumulate(basis, targets, source, see(host, basis, nodes, block.depth, tokens, batch, subject.trace(batch.ids)), sums)
+            seen = see(host, basis, nodes, deepest, tokens, batch, subject.trace(batch.ids))
+            for (targets, source), one_sum in zip(group, sums, strict=True):
+                accumulate(basis, targets, source, seen, one_sum)
             bar.update()
-        found, mine = finish(targets, source, sums, enough)
-        for name, value in found.items():
-            edges.setdefault(name, []).append(value)
-        for name, value in mine.items():
-            own[name][block.start + numbers] = value.float()
+        for (targets, source), one_sum in zip(group, sums, strict=True):
+            found, mine = finish(targets, source, one_sum, enough)
+            for name, value in found.items():
+                edges.setdefault(name, []).append(value)
+            for name, value in mine.items():
+                own[name][targets.block.start + targets.nodes] = value.float()
     bar.close()
     _activity_of_inputs(nodes, batches, own)
     own["active"], own["mean"] = own["active"] / sampled, own["mean"] / sampled

@@ -65,6 +65,11 @@ class Index:
         """Blocks by name."""
         return {block.name: block for block in self.blocks}
 
+    @property
+    def inner(self) -> list[int]:
+        """Features and attention components."""
+        return [node for block in self.blocks if block.kind in ("feature", "attention") for node in range(block.start, block.start + block.count)]
+
     def block(self, node: int) -> Block:
         """The block of a node."""
         return next(block for block in reversed(self.blocks) if block.start <= node)

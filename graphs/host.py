@@ -59,6 +59,10 @@ class Host:
         """The model's own configuration."""
         return self.model.config
 
+    def site(self, name: str) -> Site:
+        """The site called `name`."""
+        return next(site for site in self.sites if site.name == name)
+
     def module(self, path: str) -> nn.Module:
         """The submodule at `path`."""
         return self.model.get_submodule(path)

@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from graphs.architectures import Site, architecture, norm
+from graphs.architectures import Site, norm
 from graphs.components import Components
-from graphs.edges import Reconstruction, activations, errors, reads, writes
+from graphs.edges import Reconstruction, activations, errors, unembedding
 from graphs.trace import Trace
 
 
@@ -76,20 +76,21 @@ class _Pass:
 def influence(subject: Reconstruction, found: Trace, outcome: Outcome) -> Influence:
     """Influences of one prompt (a one-row trace) on `outcome`."""
     host, length = subject.host, found.ids.shape[1]
-    acts = {site.name: activations(subject.basis[site.name], found.sites[site.name])[0] for site in host.sites}
-    gone = {site.name: errors(subject.basis[site.name], found.sites[site.name])[0] for site in host.sites}
+    whole = {name: activations(part, found.sites[name]) for name, part in subject.basis.items()}
+    gone = {name: errors(part, found.sites[name], whole[name])[0] for name, part in subject.basis.items()}
+    acts = {name: active[0] for name, active in whole.items()}
     none = {name: torch.zeros(length) for name in ("token", "position", *acts)}
     back = _Pass({name: torch.zeros_like(a) for name, a in acts.items()}, {name: none[name] for name in acts}, none["token"], none["position"])
-    head, through = host.model.get_output_embeddings().weight.detach(), norm(host.model, architecture(host.model).final_norm)
+    through, table = unembedding(host)
     chosen = list(outcome.vocabulary)
-    vectors = through.pulled(head[chosen] - head.mean(0))
+    vectors = through.pulled(table[chosen])
     arriving = torch.zeros(length, len(chosen))
     arriving[outcome.token] = torch.tensor(outcome.weights)
     own = found.inverse[0]
 
     def step(pulled: Tensor, arriving: Tensor, pattern: Tensor | None, inverse: Tensor, depth: int) -> None:
         """Hand the influence that arrives at targets ("token target", read by `pulled`) on to their sources."""
-        weights = {site.name: (pulled @ writes(subject.basis[site.name]).T).abs() for site in host.sites if site.writes_at <= depth}
+        weights = {site.name: (pulled @ subject.basis[site.name].writes.T).abs() for site in host.sites if site.writes_at <= depth}
         leaves = {name: (gone[name] @ pulled.T).abs() for name in weights}
         leaves |= {"token": (found.token[0] @ pulled.T).abs(), "position": (found.position[0] @ pulled.T).abs()}
         inner = sum(leaves.values()) + sum(acts[name].abs() @ v.T for name, v in weights.items())  # "source token, target"
@@ -118,7 +119,7 @@ def influence(subject: Reconstruction, found: Trace, outcome: Outcome) -> Influe
 def _site(subject: Reconstruction, found: Trace, site: Site, back: _Pass, step) -> None:
     """One site's nodes as targets: features together, components head by head."""
     part, seen = subject.basis[site.name], found.sites[site.name]
-    pulled, arriving = norm(subject.host.model, site.norm).pulled(reads(part)), back.nodes[site.name]
+    pulled, arriving = norm(subject.host.model, site.norm).pulled(part.reads), back.nodes[site.name]
     if not isinstance(part, Components):
         step(pulled, arriving, None, seen.inverse[0], site.reads_at)
         return

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graphs.architectures import Norm, Site, norm, post_norm
 from graphs.components import Components
-from graphs.edges import Reconstruction, reads, writes
+from graphs.edges import Reconstruction
 from graphs.trace import eager, first, hooks, routing
 
 
@@ -52,16 +52,12 @@ class _Run:
     def values(self, site: str, nodes: Int[Tensor, "node"]) -> Float[Tensor, "row token node"]:
         """Activations of a site's nodes."""
         part, x = self.subject.basis[site], self.x[site]
-        if isinstance(part, Components):
-            heads = nodes // part.write.shape[1]
-            before = torch.einsum("rtd,nd->rnt", x, reads(part)[nodes]) + part.biases[nodes][:, None]
-            routed = torch.einsum("rnts,rns->rtn", self.pattern[site][:, heads], before)
-            return routed * self.post[site][..., None] if site in self.post else routed
-        return part.activations(x)[..., nodes]
+        every = part.activations(x, self.pattern[site], self.post.get(site)) if isinstance(part, Components) else part.activations(x)
+        return every[..., nodes]
 
     def shift(self, site: str, held: Held | None, cuts: Sequence[Cut]) -> Float[Tensor, "row token d"]:
         """What interventions on a site's nodes add to what it writes."""
-        written = writes(self.subject.basis[site])
+        written = self.subject.basis[site].writes
         moved = torch.zeros(())
         if held is not None:
             moved = moved + (held.values - self.values(site, held.nodes)) @ written[held.nodes]
@@ -72,14 +68,13 @@ class _Run:
 
     def _drive_change(self, site: str, node: int, cuts: Sequence[Cut]) -> Float[Tensor, "row token"]:
         """How the node's drive changes when its sources are seen at other values."""
-        place = next(one for one in self.subject.host.sites if one.name == site)
-        part = self.subject.basis[site]
-        pulled = norm(self.subject.host.model, place.norm).pulled(reads(part)[node])
+        host, part = self.subject.host, self.subject.basis[site]
+        pulled = norm(host.model, host.site(site).norm).pulled(part.reads[node])
         total = torch.zeros(())
         for cut in cuts:
             where, source = cut.source
             excess = cut.value - self.values(where, torch.tensor([source]))[..., 0]
-            total = total + excess * self.inverse[site] * (pulled @ writes(self.subject.basis[where])[source])
+            total = total + excess * self.inverse[site] * (pulled @ self.subject.basis[where].writes[source])
         if isinstance(part, Components):
             routed = torch.einsum("rts,rs->rt", self.pattern[site][:, node // part.write.shape[1]], total)
             return routed * self.post[site] if site in self.post else routed

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from graphs.edges import Reading, Reconstruction, activations, errors, logit_reading, reading, writes
+from graphs.edges import Reading, Reconstruction, activations, errors, logit_reading, reading, unembedding
 from graphs.graph import Index, Kind, index
 from graphs.influence import Influence, Outcome, influence, likely
 from graphs.trace import Trace
@@ -112,8 +112,9 @@ class _Seen:
 
 def _see(subject: Reconstruction, nodes: Index, found: Trace) -> _Seen:
     parts = subject.basis.items()
-    return _Seen(subject, nodes, found, {name: activations(part, found.sites[name])[0] for name, part in parts},
-                 {name: writes(part) for name, part in parts}, {name: errors(part, found.sites[name])[0] for name, part in parts})
+    active = {name: activations(part, found.sites[name]) for name, part in parts}
+    return _Seen(subject, nodes, found, {name: a[0] for name, a in active.items()}, {name: part.writes for name, part in parts},
+                 {name: errors(part, found.sites[name], active[name])[0] for name, part in parts})
 
 
 def _choose(seen: _Seen, flows: Influence, node_share: float, most: int) -> tuple[list[PromptNode], float]:
@@ -160,10 +161,8 @@ def _reading(seen: _Seen, name: str, targets: list[PromptNode], start: int, outc
     host, places = seen.subject.host, torch.tensor([one.node - start for one in targets])
     tokens = torch.tensor([one.token for one in targets])
     if name == "logit":
-        head = host.model.get_output_embeddings().weight.detach()
-        return logit_reading(host, seen.found, head[places] - head.mean(0), tokens, torch.zeros(len(targets)))
-    site = next(site for site in host.sites if site.name == name)
-    return reading(host, seen.subject.basis, seen.found, site, places, tokens)
+        return logit_reading(host, seen.found, unembedding(host)[1][places], tokens, torch.zeros(len(targets)))
+    return reading(host, seen.subject.basis, seen.found, host.site(name), places, tokens)
 
 
 def _prune(

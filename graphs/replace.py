@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from graphs.architectures import Site, value_output
+from graphs.architectures import Site, attention_components
 from graphs.artifact import read_json, write_json
 from graphs.attention import GroupGate, groups, keep_groups, keep_nodes, refreshed, width
-from graphs.components import Components, of_attention
+from graphs.components import Components
 from graphs.dictionary import Dictionary
 from graphs.edges import Basis
 from graphs.host import Host
@@ -68,7 +68,7 @@ class Replacement(nn.Module):
         made: dict[str, Dictionary | Components] = {}
         for site in self.sites:
             part = self.part(site)
-            made[site.name] = part.dictionary() if isinstance(part, Transcoder) else of_attention(value_output(self.model, site, part))
+            made[site.name] = part.dictionary() if isinstance(part, Transcoder) else attention_components(self.model, site, part)
         return made
 
     def host(self) -> Host:

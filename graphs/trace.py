@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from graphs.activations import hooks
 from graphs.architectures import architecture, norm, post_norm
 from graphs.host import Host
 
@@ -60,17 +61,6 @@ def eager(configs: Sequence[Any]) -> Iterator[None]:
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
-
-
-@contextmanager
-def hooks() -> Iterator[list]:
-    """A list of hook handles that are removed whatever happens."""
-    handles: list = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first(output):

@@ -29,7 +29,9 @@ def pairing(x: int, y: int) -> int:
 
 def export(graph: PromptGraph, ids: list[int], prompt: str, slug: str, scan: str, layers: int, features: int, node_share: float) -> dict[str, Any]:
     """The graph as their JSON. features: transcoder features a layer (component numbers start there); scan: what the dictionaries are called."""
-    known = {place: _node(one, ids, layers, features, graph) for place, one in enumerate(graph.nodes) if one.kind not in ("bias", "position")}
+    ends = {one.node: rank for rank, one in enumerate(one for one in graph.nodes if one.kind == "logit")}
+    known = {place: _node(one, ids, layers, features, graph, ends.get(one.node, 0)) for place, one in enumerate(graph.nodes)
+             if one.kind not in ("bias", "position")}
     edges = zip(graph.src.tolist(), graph.dst.tolist(), graph.weight.tolist(), strict=True)
     return {
         "metadata": {"slug": slug, "scan": scan, "transcoder_list": [], "prompt_tokens": list(graph.tokens), "prompt": prompt,
@@ -40,32 +42,27 @@ def export(graph: PromptGraph, ids: list[int], prompt: str, slug: str, scan: str
     }
 
 
-def _node(one: PromptNode, ids: list[int], layers: int, features: int, graph: PromptGraph) -> dict[str, Any]:
+def _node(one: PromptNode, ids: list[int], layers: int, features: int, graph: PromptGraph, rank: int) -> dict[str, Any]:
     layer, number, kind, slot, end = one.name.split(".")[0][1:], 0, "cross layer transcoder", "0", False
     match one.kind:
         case "feature":
             number = int(one.name.split(".F")[1])
         case "attention":
-            number, kind = features + one.node, "cross layer transcoder"
+            number = features + one.node
         case "error":
             number, slot = -1 if one.name.endswith("mlp.error") else -2, str(one.token)
             kind = "mlp reconstruction error" if number == -1 else "attention reconstruction error"
         case "token":
             layer, number, kind, slot = "E", ids[one.token], "embedding", str(one.token)
         case "logit":
-            layer, number, kind, end = str(layers + 1), graph.outcome.vocabulary[_logit(one, graph)], "logit", _logit(one, graph) == 0
+            layer, number, kind, end = str(layers + 1), graph.outcome.vocabulary[rank], "logit", rank == 0
     where = "L" if one.kind == "logit" else layer
     shown = pairing(int(layer), number) if one.kind in ("feature", "attention") else one.token if one.kind == "token" else number
-    chance = graph.outcome.weights[_logit(one, graph)] if one.kind == "logit" else 0.0
+    chance = graph.outcome.weights[rank] if one.kind == "logit" else 0.0
     said = f"Output {one.name.removeprefix('logit ')} (p={chance:.3f})" if one.kind == "logit" else one.name if one.kind == "attention" else ""
     return {"node_id": f"{layer}_{number}_{one.token}", "feature": shown, "layer": layer, "ctx_idx": one.token, "feature_type": kind,
             "token_prob": chance, "is_target_logit": end, "run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": f"{where}_{number}-{slot}",
             "clerp": said, "influence": one.influence, "activation": one.activation if one.kind in ("feature", "attention") else None}
-
-
-def _logit(one: PromptNode, graph: PromptGraph) -> int:
-    """Which of the outcome's logits a node is."""
-    return [other.node for other in graph.nodes if other.kind == "logit"].index(one.node)
 
 
 def validate(made: dict[str, Any]) -> None:

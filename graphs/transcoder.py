@@ -121,8 +121,8 @@ def relu_units(part: Part) -> Part:
 def of_dictionary(dictionary: Dictionary) -> Transcoder:
     """A transcoder that computes the same, to be healed and compiled. Raises ValueError as `relu_units` does."""
     whole = Dictionary(tuple(relu_units(part) for part in dictionary.parts), dictionary.constant)
-    made = Transcoder(whole.count, whole.read.shape[1], whole.write.shape[1])
+    made = Transcoder(whole.count, whole.reads.shape[1], whole.writes.shape[1])
     with torch.no_grad():
-        for name, value in (("w_enc", whole.read), ("b_enc", whole.bias), ("w_dec", whole.write), ("b_dec", whole.constant)):
+        for name, value in (("w_enc", whole.reads), ("b_enc", whole.biases), ("w_dec", whole.writes), ("b_dec", whole.constant)):
             getattr(made, name).copy_(value)
     return made

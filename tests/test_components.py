@@ -2,11 +2,10 @@
 
 import torch
 
-from graphs.architectures import value_output
+from graphs.architectures import attention_components
 from graphs.attention import set_components
 from graphs.batches import Batch
 from graphs.canonical import canonical
-from graphs.components import of_attention
 from graphs.replace import from_noise
 from graphs.trace import trace
 from tests.test_edges import prompt, tiny
@@ -20,7 +19,7 @@ def test_the_canonical_basis_computes_the_same_layer_and_its_first_components_sa
     host = tiny("LlamaForCausalLM")  # four heads in two KV groups
     site = host.sites[2]
     found = trace(host, prompt()).sites[site.name]
-    whole = of_attention(value_output(host.model, site))
+    whole = attention_components(host.model, site)
     turned = whole.in_metric(moment(found.x))
     before, after = (one.activations(found.x, found.pattern) @ one.writes for one in (whole, turned))
     assert torch.allclose(before, after, atol=1e-5) and not torch.allclose(whole.read, turned.read, atol=1e-2)
@@ -35,7 +34,7 @@ def test_truncating_the_canonical_basis_is_the_best_of_its_rank_on_clean_inputs(
     host = tiny("GPT2LMHeadModel")
     site = host.sites[0]
     x = trace(host, prompt()).sites[site.name].x
-    whole = of_attention(value_output(host.model, site))
+    whole = attention_components(host.model, site)
     turned = whole.in_metric(moment(x))
     first = torch.zeros_like(whole.bias, dtype=torch.bool)
     first[:, :3] = True
@@ -57,7 +56,7 @@ def test_dropping_a_component_compiles_into_the_projections(tiny_host):
     replacement = from_noise(tiny_host, 8, 0)
     site = replacement.sites[0]
     part = replacement.part(site)
-    components = of_attention(value_output(replacement.model, site, part))
+    components = attention_components(replacement.model, site, part)
     kept = torch.rand(components.bias.shape, generator=torch.Generator().manual_seed(1)) > 0.5
     ids = torch.randint(3, 500, (1, 9), generator=torch.Generator().manual_seed(2))
     found = trace(replacement.host(), ids).sites[site.name]
@@ -81,7 +80,7 @@ def test_a_dropped_component_stays_dropped_in_the_canonical_basis():
     host = tiny("GPT2LMHeadModel")
     site = host.sites[0]
     x = trace(host, prompt()).sites[site.name].x
-    whole = of_attention(value_output(host.model, site))
+    whole = attention_components(host.model, site)
     kept = torch.ones_like(whole.bias, dtype=torch.bool)
     kept[:, 5:] = False
     turned = whole.keep(kept).in_metric(moment(x))

@@ -34,7 +34,7 @@ def test_parts_stand_side_by_side_and_keep_their_gates():
     matrix, x = torch.randn(5, 4, generator=generator), torch.randn(3, 4, generator=generator)
     relu = Part(torch.randn(6, 4, generator=generator), torch.zeros(6), torch.randn(6, 5, generator=generator), JumpReLU(torch.full((6,), 0.1)))
     both = Dictionary((relu, skip(matrix)), torch.ones(5))
-    assert both.count == 10 and both.read.shape == (10, 4)
+    assert both.count == 10 and both.reads.shape == (10, 4)
     assert torch.allclose(both(x), relu.gate(relu.drive(x)) @ relu.write + x @ matrix.T + 1, atol=1e-5)
     few = relu.keep(torch.tensor([1, 4]))
     assert torch.equal(few.gate(few.drive(x)), relu.gate(relu.drive(x))[:, [1, 4]])

@@ -8,10 +8,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from graphs.activations import record
-from graphs.architectures import ARCHITECTURES, neurons, post_norm, sites, value_output
-from graphs.components import of_attention
-from graphs.dictionary import Dictionary, Gated, JumpReLU, Part, ReLU, TopK, of_neurons, skip
-from graphs.edges import Reconstruction, activations, contributions, drives, errors, logit_reading, reading, virtual_weights, writes
+from graphs.architectures import ARCHITECTURES, attention_components, neurons, sites
+from graphs.dictionary import Dictionary, Gated, JumpReLU, Part, ReLU, TopK, skip
+from graphs.edges import Reconstruction, activations, contributions, drives, errors, logit_reading, reading, virtual_weights
 from graphs.host import Host
 from graphs.replace import from_noise
 from graphs.trace import FINAL, Frozen, trace
@@ -65,14 +64,14 @@ def random_basis(host, gate=None):
         if site.kind == "mlp":
             basis[site.name] = random_dictionary(host, site, generator, gate)
         else:
-            whole = of_attention(value_output(host.model, site), post_norm(host.model, site))
+            whole = attention_components(host.model, site)
             basis[site.name] = whole.keep(torch.rand(whole.bias.shape, generator=generator) > 0.33)
     return basis
 
 
 def neuron_basis(host):
-    return {site.name: of_neurons(neurons(host.model, site)) if site.kind == "mlp" else
-            of_attention(value_output(host.model, site), post_norm(host.model, site)) for site in host.sites}
+    return {site.name: neurons(host.model, site) if site.kind == "mlp" else
+            attention_components(host.model, site) for site in host.sites}
 
 
 def prompt():
@@ -108,7 +107,7 @@ def prove(host, basis, sampled=100):
         part, seen = basis[site.name], found.sites[site.name]
         missing, active = errors(part, seen)[0], activations(part, seen)[0]
         nudges += [(f"{site.name}.error", t, 0, site.name, missing[t]) for t in range(TOKENS)]
-        nodes += [(site.name, t, n, site.name, active[t, n] * writes(part)[n]) for n in range(part.count) for t in range(TOKENS) if active[t, n] != 0]
+        nodes += [(site.name, t, n, site.name, active[t, n] * part.writes[n]) for n in range(part.count) for t in range(TOKENS) if active[t, n] != 0]
     nudges += [nodes[i] for i in torch.randperm(len(nodes), generator=generator)[:sampled]]
     rest, rest_logits = frozen.run({})
     assert torch.allclose(rest_logits, found.logits, atol=1e-4)

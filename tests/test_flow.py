@@ -5,7 +5,7 @@ import torch
 
 from graphs.batches import Batch
 from graphs.components import Components
-from graphs.edges import Reconstruction, activations, contributions, reading, reads
+from graphs.edges import Reconstruction, activations, contributions, reading
 from graphs.flow import build
 from graphs.trace import trace
 from tests.test_edges import FEATURES, random_basis, tiny
@@ -60,7 +60,7 @@ def named(graph, edge):
 def test_flow_is_what_a_slow_loop_finds(name, place):
     host = tiny(name)
     basis, site = random_basis(host), host.sites[place]
-    node = int(torch.where(reads(basis[site.name]).abs().sum(1) > 0)[0][-6])
+    node = int(torch.where(basis[site.name].reads.abs().sum(1) > 0)[0][-6])
     graph = build(Reconstruction(host, basis), batches(), enough=1.1)
     wanted = slow(host, basis, site, node)
     edges = range(*graph.into(graph.index.by_name[site.name].start + node).indices(len(graph.src)))

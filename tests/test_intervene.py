@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from graphs.architectures import neurons, post_norm, value_output
-from graphs.components import of_attention
+from graphs.architectures import attention_components
+from graphs.dictionary import Gated
 from graphs.edges import Reconstruction, activations, contributions, reading
 from graphs.intervene import Cut, Held, gradients, run
 from graphs.replace import from_noise
@@ -42,9 +42,9 @@ def test_a_neuron_held_is_a_neuron_with_that_value():
 @torch.no_grad()
 def test_a_component_held_is_a_value_dimension_of_its_head_held():
     host = tiny("LlamaForCausalLM")
-    basis = {s.name: of_attention(value_output(host.model, s), post_norm(host.model, s)) if s.kind == "attention" else neuron_basis(host)[s.name]
+    basis = {s.name: attention_components(host.model, s) if s.kind == "attention" else neuron_basis(host)[s.name]
              for s in host.sites}
-    assert neurons(host.model, host.sites[1]).gate is not None
+    assert isinstance(basis["L0.mlp"].parts[0].gate, Gated)
     held = run(Reconstruction(host, basis), prompt(), {"L1.attention": Held(torch.tensor([11]), torch.tensor([1.5]))})
 
     def hold(_module, args):
@@ -69,7 +69,7 @@ def test_slopes_predict_small_changes():
     a = activations(subject.basis["L0.mlp"], trace(host, prompt()).sites["L0.mlp"])[0, :, 9]
     step = 1e-2
     held = {"L0.mlp": Held(torch.tensor([9]), torch.zeros(1))}
-    write = subject.basis["L0.mlp"].write[9]
+    write = subject.basis["L0.mlp"].writes[9]
     guess = -float((a * (slopes["L0.mlp"][0] @ write)).sum())
     real = float(metric(run(subject, prompt(), held)).detach() - value)
     assert guess == pytest.approx(real, abs=0.3 * abs(real) + step)
@@ -96,7 +96,7 @@ def test_a_cut_edge_moves_its_target_by_the_edge_and_nothing_else():
         edge = contributions(host, subject.basis, found, reading(host, subject.basis, found, site, torch.full_like(tokens, 2), tokens))[source]
         drive = subject.basis[site.name].drive(found.sites[site.name].x)[0, :, 2]
         moved = torch.relu(drive - edge[tokens, tokens, node]) - torch.relu(drive)
-        stream = found.token[0] + sum(one.y[0] for one in found.sites.values()) + moved[:, None] * subject.basis[site.name].write[2]
+        stream = found.token[0] + sum(one.y[0] for one in found.sites.values()) + moved[:, None] * subject.basis[site.name].writes[2]
         wanted = host.model.lm_head(host.model.model.norm(stream))
         logits = run(subject, prompt(), {}, [Cut((source, node), (site.name, 2), 0.0)])
         assert float(moved.abs().max()) > 1e-3 and torch.allclose(logits[0], wanted, atol=1e-4)

@@ -7,6 +7,7 @@ from pathlib import Path
 from distill import config
 from distill.__main__ import VERBS
 from distill.models import ASSETS, BUILTIN
+from graphs.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,6 +26,10 @@ def test_every_verb_flag_and_builtin_model_it_names_exists():
     assert {verb for verb in re.findall(r"`distill ([a-z]+)", README)} <= set(VERBS)
     assert {name for name in re.findall(r"builtin:([a-z-]+)", README)} <= set(BUILTIN)
     assert config.Prune().out == Path("runs/default")
+
+
+def test_it_counts_the_classes_that_graphs_can_be_built_of():
+    assert set(re.findall(r"(\d+) classes", README)) == {str(len(ARCHITECTURES))}
 
 
 def test_make_targets_it_names_exist():

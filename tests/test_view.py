@@ -8,7 +8,7 @@ import torch
 from distill import config
 from distill.__main__ import main
 from distill.view import page
-from graphs.contexts import Context, every_context, top_contexts
+from graphs.contexts import Context, top_contexts
 from graphs.dictionary import Dictionary, Part
 from graphs.edges import Reconstruction
 from graphs.flow import build
@@ -38,13 +38,14 @@ def graph(subject) -> FeatureGraph:
 
 
 def test_a_picture_of_a_graph_is_cut_to_what_was_asked_and_says_so(subject, graph):
-    picture = of_graph(graph, every_context(subject, graph, batches()), nodes=60, edges=120)
+    picture = of_graph(graph, top_contexts(subject, graph, graph.index.inner, batches(), 3), nodes=60, edges=120)
     assert len(picture.dots) == 60 and 0 < len(picture.lines) <= 120 + 60 and "60 of " in picture.about
     names = [dot.name for dot in picture.dots]
     for source, target, coefficient, share in picture.lines:
         assert picture.dots[source].row < picture.dots[target].row and coefficient == coefficient and 0 < share <= 1
     first = next(dot for dot in picture.dots if dot.kind == "feature")
-    wanted = top_contexts(subject, graph, graph.index.find(first.name), batches(), 3)
+    node = graph.index.find(first.name)
+    wanted = top_contexts(subject, graph, [node], batches(), 3)[node]
     assert [c.activation for c in first.contexts] == pytest.approx([c.activation for c in wanted]) and len(set(names)) == len(names)
 
 
