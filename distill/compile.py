@@ -1,6 +1,6 @@
 """Compile: a circuit becomes an ordinary dense checkpoint of a stock Hugging Face class.
 
-A ReLU transcoder *is* a stock MLP, so nothing is approximated:
+A ReLU transcoder *is* a stock MLP (a direction of a linear skip is two units of it), so nothing is approximated:
 
     target     class               up_proj          gate_proj       down_proj
     arcee      ArceeForCausalLM    w_enc, b_enc     -               w_dec', b_dec
@@ -29,6 +29,7 @@ from graphs.attention import groups, projection
 from graphs.batches import Batch
 from graphs.host import Host
 from graphs.replace import Replacement
+from graphs.transcoder import Transcoder, of_dictionary
 
 Target = Literal["arcee", "llama"]
 
@@ -42,17 +43,16 @@ def legal_groups(config) -> tuple[int, ...]:
 def compile_circuit(circuit: Replacement, target: Target = "arcee") -> Host:
     """The dense stock model that computes what `circuit` computes. Raises ValueError where a width has no legal home."""
     source = circuit.model.config
-    counts = circuit.node_counts()
-    width = max(count for name, count in counts.items() if name.endswith("mlp"))
-    needed = max(count for name, count in counts.items() if name.endswith("attention"))
+    mlps = {name: of_dictionary(part.dictionary()) for name, part in circuit.transcoders().items()}
+    width = max(part.features for part in mlps.values())
+    needed = max(count for name, count in circuit.node_counts().items() if name.endswith("attention"))
     kv = min((g for g in legal_groups(source) if g >= needed), default=None)
     if kv is None:
         raise ValueError(f"{needed} KV groups fit no head count that divides hidden size {source.hidden_size}: keep more or fewer heads")
     model = _empty(source, target, kv, width)
     state = {name: value for name, value in circuit.model.state_dict().items() if ".mlp." not in name and ".self_attn." not in name}
     for site in circuit.sites:
-        part = circuit.part(site)
-        state |= _mlp(part, site.module, width, target) if site.kind == "mlp" else _attention(part, site.module, kv)
+        state |= _mlp(mlps[site.name], site.module, width, target) if site.kind == "mlp" else _attention(circuit.part(site), site.module, kv)
     model.load_state_dict(state, strict=True)
     model.eval()
     return Host(model, circuit.tokenizer, sites(model))
@@ -71,7 +71,7 @@ def _empty(source, target: Target, kv: int, width: int):
     return model_class._from_config(config, dtype=torch.float32)
 
 
-def _mlp(part, path: str, width: int, target: Target) -> dict[str, torch.Tensor]:
+def _mlp(part: Transcoder, path: str, width: int, target: Target) -> dict[str, torch.Tensor]:
     encoder, bias = _padded(part.w_enc.detach(), width, 0), _padded(part.b_enc.detach(), width, 0)
     weights = {"down_proj.weight": _padded(part.w_dec.detach(), width, 0).T.contiguous(), "down_proj.bias": part.b_dec.detach()}
     if target == "arcee":

@@ -30,6 +30,8 @@ class Fit:
     """Batches of the end-to-end fit (all sites swapped in)."""
     sparsity: float = 2e-3
     """Weight of the sparsity penalty."""
+    skip: int = 0
+    """Rank of a linear skip in each transcoder (never pruned; compiles into two units a rank)."""
     attention: Literal["refit", "kept"] = "refit"
     """Refit attention from noise, or keep the model's own (an ablation)."""
     batch: int = 24
@@ -134,10 +136,10 @@ class Flow(Inspect):
 
 @dataclass(frozen=True)
 class Explain(Flow):
-    """Print what one node of a run computes (distill explain L2.F117), or the whole circuit as a program (--listing)."""
+    """Print what one node of a run computes (distill explain L2.F117), what a head looks for (L1.H2), or the circuit as a program (--listing)."""
 
     node: str | None = None
-    """L2.F117 (a feature), L1.H2.C3 (an attention component) or "logit ' return'"; may stand right after the verb."""
+    """L2.F117 (a feature), L1.H2.C3 (an attention component), L1.H2 (a head) or "logit ' return'"; may stand right after the verb."""
     listing: bool = False
     """Print every node, each defined before its uses."""
     parents: int = 8
@@ -207,7 +209,7 @@ class Plant:
     """Seed of everything random."""
 
 
-LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "joint_steps": 0, "gate_steps": 0, "heal_steps": 0,
+LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_steps": 0,
          "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16}
 """Smallest value of each numeric field that has one."""

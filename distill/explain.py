@@ -1,4 +1,4 @@
-"""`distill explain`: what one node computes, or the whole circuit as a program.
+"""`distill explain`: what one node computes, what makes a head look where it looks, or the whole circuit as a program.
 
     L2.F117 = relu(3.10(+-0.12)*L0.F44 + 4.02(+-0.30)*L1.H2.C3 - 1.20 + rest(+0.04))
 """
@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from typing import Any
 
 from distill import config
 from distill.report import visible
 from distill.runs import Opened, inspected
+from graphs.attending import Attending, Pair, attending
 from graphs.contexts import Context, logit_effects, top_contexts
 from graphs.equations import Equation, equation, listing
 from graphs.graph import FeatureGraph
@@ -22,6 +24,8 @@ def run(verb: config.Explain) -> int:
     if (verb.node is None) != verb.listing:
         raise ValueError("explain needs a node (distill explain L2.F117) or --listing, and not both")
     opened = inspected(verb)
+    if head := re.fullmatch(r"L(\d+)\.H(\d+)", (verb.node or "").strip()):
+        return _head(verb, opened, int(head[1]), int(head[2]))
     graph = opened.edges(verb.rows, verb.enough, verb.memory << 20)
     if verb.node is None:
         lines = listing(graph, verb.parents)
@@ -36,6 +40,31 @@ def run(verb: config.Explain) -> int:
              "logits": logit_effects(opened.subject, graph, node)}
     print(json.dumps(facts(found, graph, opened), indent=1) if verb.json else page(found, graph, opened))
     return 0
+
+
+def _head(verb: config.Explain, opened: Opened, layer: int, head: int) -> int:
+    """Explain a head's pattern."""
+    site = next((site for site in opened.subject.host.sites if site.name == f"L{layer}.attention"), None)
+    if site is None:
+        raise ValueError(f"{verb.node}: no such head; layers are L0 to L{opened.subject.host.sites[-1].layer}")
+    found = attending(opened.subject, site, head, opened.sample(verb.rows), verb.parents, verb.memory << 20)
+    print(json.dumps(asdict(found), indent=1) if verb.json else looks(found, opened))
+    return 0
+
+
+def looks(found: Attending, opened: Opened) -> str:
+    """What a person reads of a head."""
+    def table(pairs: tuple[Pair, ...]) -> list[str]:
+        return [f"{one.share:6.1%} {one.gain:9.3f} +- {one.error:5.3f}  {visible(one.asks)} -> {visible(one.answers)}" for one in pairs]
+
+    return "\n".join([
+        f"{found.head}  ({opened.part} of {opened.folder}; {found.tokens:,} clean tokens)", "",
+        f"looks at the first token {found.first:.1%}, at the token itself {found.same:.1%}, at the one before {found.previous:.1%}", "",
+        f"Where it looks scores {found.gain:+.3f} above where it could look (nats, mean over tokens). Of that, by pairs of nodes, the one at",
+        "the token that looks first, then the one at the token that is looked at:", "",
+        f"{'share':>6} {'gain':>18}  asks -> answers", *table(found.pairs), "",
+        "the nodes that ask, whatever answers", *table(found.asking), "", "the nodes that answer, whatever asks", *table(found.answering), "",
+        "Shares are of the absolute gains of all pairs (of all nodes, in the last two)."])
 
 
 def children(graph: FeatureGraph, node: int, most: int) -> list[dict[str, Any]]:

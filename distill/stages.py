@@ -88,7 +88,7 @@ def road(job: Job, model: Path, verb: config.Prune, times: list[dict]) -> dict[s
 def fit_settings(verb: config.Fit) -> FitConfig:
     """The fit's settings from the flags."""
     return FitConfig(features=verb.features, local_steps=verb.fit_steps, joint_steps=verb.joint_steps, sparsity=verb.sparsity,
-                     attention=verb.attention, seed=verb.seed)
+                     attention=verb.attention, skip=verb.skip, seed=verb.seed)
 
 
 def graph_stage(job: Job, model: Path) -> dict:

@@ -31,7 +31,7 @@ LLAMA_VALUES, FUSED, INTERLEAVED = "v_proj", "c_attn", "query_key_value"
 @dataclass(frozen=True)
 class Architecture:
     """Module names of one class. Paths of norms, attention and MLP are relative to a layer; post: norms between a sublayer and
-    the stream (attention's, the MLP's); positions: the module of learned positions."""
+    the stream (attention's, the MLP's); positions: the module of learned positions; scaled: whether attention scores are."""
 
     layers: str = "model.layers"
     final_norm: str = "model.norm"
@@ -47,6 +47,7 @@ class Architecture:
     activation: str = "hidden_act"
     post: tuple[str, str] | None = None
     unit_gain: bool = False
+    scaled: bool = True
     parallel: bool | str = False
     """Whether attention and MLP of a layer both read what entered the layer; a string names the config's switch."""
 
@@ -66,7 +67,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Gemma3ForCausalLM": _GEMMA,
     "GPT2LMHeadModel": _GPT2,
     "GPTNeoForCausalLM": Architecture("transformer.h", "transformer.ln_f", "transformer.wpe", "attn.attention", "ln_1", output="out_proj",
-                                      mlp_norm="ln_2", neurons=("mlp.c_fc", "mlp.c_proj"), activation="activation_function"),
+                                      scaled=False, mlp_norm="ln_2", neurons=("mlp.c_fc", "mlp.c_proj"), activation="activation_function"),
     "GPTNeoXForCausalLM": Architecture("gpt_neox.layers", "gpt_neox.final_layer_norm", None, "attention", "input_layernorm", INTERLEAVED, "dense",
                                        neurons=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), parallel="use_parallel_residual"),
     "OPTForCausalLM": Architecture("model.decoder.layers", "model.decoder.final_layer_norm", "model.decoder.embed_positions", "self_attn",
@@ -181,6 +182,53 @@ def heads(model: PreTrainedModel, attention: nn.Module) -> tuple[int, int]:
     return linear(attention.get_submodule(row.values))[0].shape[0] // width, width
 
 
+def projected(model: PreTrainedModel, attention: nn.Module, which: int) -> tuple[Float[Tensor, "group width d_in"], Float[Tensor, "group width"]]:
+    """Weight and bias of an attention module's queries (0; a group is then a head), keys (1) or values (2), however the class stores them."""
+    row, (groups, width) = architecture(model), heads(model, attention)
+    if row.values == LLAMA_VALUES:
+        weight, bias = linear(attention.get_submodule(("q_proj", "k_proj", LLAMA_VALUES)[which]))
+    else:
+        weight, bias = linear(attention.get_submodule(row.values))
+        if row.values == FUSED:
+            weight, bias = weight.chunk(3)[which], bias.chunk(3)[which]
+        else:
+            weight, bias = weight.reshape(groups, 3, width, -1)[:, which].flatten(0, 1), bias.reshape(groups, 3, width)[:, which].flatten()
+    return weight.reshape(-1, width, weight.shape[1]), bias.reshape(-1, width)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an attention layer's scores are made of: scale * q . k, each side normed first where the class does. rotates: whether
+    positions turn both sides."""
+
+    query: Float[Tensor, "head inside d_in"]
+    query_bias: Float[Tensor, "head inside"]
+    query_norm: Norm | None
+    key: Float[Tensor, "group inside d_in"]
+    key_bias: Float[Tensor, "group inside"]
+    key_norm: Norm | None
+    scale: float
+    rotates: bool
+
+
+def attention_scores(model: PreTrainedModel, attention: nn.Module) -> Scores:
+    """The queries and keys of an attention module. Raises ValueError where scores are bent by a soft cap or normed by a LayerNorm."""
+    if getattr(attention, "attn_logit_softcapping", None) or getattr(attention, "qk_layernorm", False):
+        raise ValueError(f"{type(model).__name__} bends its attention scores (a soft cap or a LayerNorm), so they are no sum over pairs of nodes")
+    sides = [(*projected(model, attention, which), _inner_norm(model, attention, name)) for which, name in ((0, "q_norm"), (1, "k_norm"))]
+    scale = float(getattr(attention, "scaling", 1.0)) if architecture(model).scaled else 1.0
+    return Scores(*sides[0], *sides[1], scale, bool(getattr(attention, "use_rope", True)))
+
+
+def _inner_norm(model: PreTrainedModel, attention: nn.Module, name: str) -> Norm | None:
+    module: Any = getattr(attention, name, None)
+    if module is None:
+        return None
+    gain = module.weight.detach() + float(architecture(model).unit_gain)
+    eps: Any = getattr(module, "variance_epsilon", None) or module.eps
+    return Norm(gain, torch.zeros_like(gain), False, float(eps))
+
+
 def attention_components(model: PreTrainedModel, site: Site, attention: nn.Module | None = None) -> Components:
     """The value dimensions of the attention layer at `site` as components, without error: the model's own, or those of a module
     that stands in for it. A post-norm's gain is folded into the write vectors.
@@ -188,20 +236,14 @@ def attention_components(model: PreTrainedModel, site: Site, attention: nn.Modul
     Raises ValueError where that norm centres or shifts what it scales: no supported class does.
     """
     row, module = architecture(model), attention or model.get_submodule(site.module)
-    groups, width = heads(model, module)
-    weight, bias = linear(module.get_submodule(row.values))
-    if row.values == FUSED:
-        weight, bias = weight.chunk(3)[2], bias.chunk(3)[2]
-    elif row.values == INTERLEAVED:
-        weight = weight.reshape(groups, 3, width, -1)[:, 2].reshape(groups * width, -1)
-        bias = bias.reshape(groups, 3, width)[:, 2].reshape(-1)
+    weight, bias = projected(model, module, 2)
     out, constant = linear(module.get_submodule(row.output))
-    write, post = out.T.reshape(-1, width, out.shape[0]), post_norm(model, site)
+    write, post = out.T.reshape(-1, weight.shape[1], out.shape[0]), post_norm(model, site)
     if post is not None:
         if post.centred or bool(post.offset.any()) or bool(constant.any()):
             raise ValueError("a post-norm that centres or shifts its input has no components: use heads instead")
         write = write * post.gain
-    return Components(weight.reshape(groups, width, -1), bias.reshape(groups, width), write, constant)
+    return Components(weight, bias, write, constant)
 
 
 def neurons(model: PreTrainedModel, site: Site) -> Dictionary:

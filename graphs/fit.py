@@ -8,7 +8,8 @@ from block weights. Two steps, both on clean rows only:
    transcoders, mean_f tanh(a_f |d_f|) (Anthropic 2024, "Circuits updates, January: tanh penalty"), where |d_f| is the
    decoder's norm in units of the output's spread.
 2. *end to end*: all parts are swapped in at once, with no error nodes, and KL to the host is minimised over all of them
-   (cf. Braun et al. 2024, "Identifying functionally important features with end-to-end sparse dictionary learning").
+   (cf. Braun et al. 2024, "Identifying functionally important features with end-to-end sparse dictionary learning"). The
+   local loss stays on as an `anchor`: without it the parts drift from what they stand for (LOG.md).
 
 BOS positions are fitted like all others. Features that stop firing are born again where the error is largest. The
 activations stream: nothing is stored.
@@ -41,7 +42,8 @@ Batches = Callable[[int], Batch]
 @dataclass(frozen=True)
 class FitConfig:
     """features: a layer; sparsity: weight of the penalty; prompt_weight: weight in KL of positions that predict prompt
-    tokens (1 for those of the completion); attention: "refit" from noise or "kept" (ablation)."""
+    tokens (1 for those of the completion); anchor: weight of the local loss beside KL; attention: "refit" from noise or "kept"
+    (ablation); skip: rank of each transcoder's linear skip."""
 
     features: int = 512
     local_steps: int = 400
@@ -50,6 +52,8 @@ class FitConfig:
     joint_rate: float = 1.5e-3
     sparsity: float = 2e-3
     prompt_weight: float = 0.1
+    anchor: float = 0.05
+    skip: int = 0
     attention: str = "refit"
     seed: int = 0
 
@@ -57,12 +61,18 @@ class FitConfig:
 def fit(targets: Targets, config: FitConfig, state: Path | None = None) -> tuple[Replacement, dict[str, list[float]]]:
     """The replacement of `targets.host` fitted on `targets.batches`, and the losses of both steps."""
     host, batches = targets.host, targets.batches
-    replacement = from_noise(host, config.features, config.seed, config.attention)
+    replacement = from_noise(host, config.features, config.seed, config.attention, config.skip)
     spread = _start_at_means(host, replacement, batches)
-    losses = {"fit: local": _local(host, replacement, batches, config, spread, state and state.with_suffix(".local"))}
-    losses["fit: end to end"] = distill(
-        targets, replacement, config.joint_steps, config.joint_rate, config.prompt_weight, "fit: end to end",
-        state and state.with_suffix(".joint"), first=config.local_steps)
+
+    def local(batch: Batch) -> Tensor:
+        return local_loss(host, replacement, batch, config, spread)
+
+    with watching(replacement):
+        losses = {"fit: local": _local(host, replacement, batches, config, local, state and state.with_suffix(".local"))}
+        losses["fit: end to end"] = distill(
+            targets, replacement, config.joint_steps, config.joint_rate, config.prompt_weight, "fit: end to end",
+            state and state.with_suffix(".joint"), first=config.local_steps,
+            beside=(lambda batch: config.anchor * local(batch)) if config.anchor else None)
     set_means(replacement, batches)
     return replacement, losses
 
@@ -88,30 +98,31 @@ def run_part(replacement: Replacement, site, found: Recording) -> Float[Tensor, 
     return part(x) if site.kind == "mlp" else part(x, position_embeddings=found.rotary, attention_mask=None)[0]
 
 
-def _local(host: Host, replacement: Replacement, batches: Batches, config: FitConfig, spread: dict[str, float], state: Path | None) -> list[float]:
-    transcoders = replacement.transcoders()
-    rebirths = {int(config.local_steps * share) for share in (0.2, 0.4, 0.6)}
+def local_loss(host: Host, replacement: Replacement, batch: Batch, config: FitConfig, spread: dict[str, float]) -> Float[Tensor, ""]:
+    """FVU of every site on the host's own inputs, and the sparsity penalty. To be called while the replacement is watched."""
+    found, total = record(host, batch.ids), torch.zeros(())
+    for site in replacement.sites:
+        total = total + fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
+        part = replacement.part(site)
+        if isinstance(part, Transcoder):
+            size = part.last[batch.real] * (part.w_dec.norm(dim=1) / spread[site.name] * config.features**0.5 / 4)  # type: ignore[index]
+            total = total + config.sparsity * torch.tanh(size).sum(-1).mean()
+        elif config.attention == "refit":
+            total = total + fvu(found.heads[site.name], replacement.group_gates[site.name].last, batch.real)  # type: ignore[arg-type]
+    return total
 
-    def loss(step: int) -> Tensor:
-        batch = batches(step)
-        found, total = record(host, batch.ids), torch.zeros(())
-        for site in replacement.sites:
-            total = total + fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
-            if site.kind == "attention" and config.attention == "refit":
-                wrote = replacement.group_gates[site.name].last
-                total = total + fvu(found.heads[site.name], wrote, batch.real)  # type: ignore[arg-type]
-            if site.kind == "mlp":
-                part = transcoders[site.name]
-                size = part.last[batch.real] * (part.w_dec.norm(dim=1) / spread[site.name] * config.features**0.5 / 4)  # type: ignore[index]
-                total = total + config.sparsity * torch.tanh(size).sum(-1).mean()
-        return total
+
+def _local(
+    host: Host, replacement: Replacement, batches: Batches, config: FitConfig, local: Callable[[Batch], Tensor], state: Path | None
+) -> list[float]:
+    rebirths = {int(config.local_steps * share) for share in (0.2, 0.4, 0.6)}
 
     def after(step: int) -> None:
         if step in rebirths:
             rebirth(host, replacement, [batches(step + ahead) for ahead in range(4)])
 
-    with watching(replacement):
-        return train(replacement, loss, TrainConfig(config.local_steps, config.local_rate), "fit: local", state, after=after)
+    settings = TrainConfig(config.local_steps, config.local_rate)
+    return train(replacement, lambda step: local(batches(step)), settings, "fit: local", state, after=after)
 
 
 @torch.no_grad()
@@ -151,15 +162,16 @@ def watching(replacement: Replacement) -> Iterator[None]:
 
 def distill(
     targets: Targets, replacement: Replacement, steps: int, learning_rate: float, prompt_weight: float, label: str,
-    state: Path | None = None, first: int = 0, decay: float = 0.0,
+    state: Path | None = None, first: int = 0, decay: float = 0.0, beside: Callable[[Batch], Tensor] | None = None,
 ) -> list[float]:
     """Minimise KL to the host over everything in `replacement` that may be trained; returns the loss of every step.
 
-    first: offset of the batches; decay: weight decay of the matrices.
+    first: offset of the batches; decay: weight decay of the matrices; beside: added to KL.
     """
     def loss(step: int) -> Tensor:
         batch = targets.batches(first + step)
-        return divergence(replacement(batch.ids), targets(batch), batch, prompt_weight, SURE)
+        kl = divergence(replacement(batch.ids), targets(batch), batch, prompt_weight, SURE)
+        return kl if beside is None else kl + beside(batch)
 
     return train(replacement, loss, TrainConfig(steps, learning_rate, warmup=0.05, weight_decay=decay), label, state) if steps else []
 

@@ -130,13 +130,13 @@ class Replacement(nn.Module):
         return Replacement(host, parts, load_file(folder / "attention_and_norms.safetensors"))
 
 
-def from_noise(host: Host, features: int, seed: int, attention: str = "refit") -> Replacement:
-    """A replacement with random transcoders and, unless attention is "kept", random attention layers."""
+def from_noise(host: Host, features: int, seed: int, attention: str = "refit", skip: int = 0) -> Replacement:
+    """A replacement with random transcoders (skip: rank of their linear skips) and, unless attention is "kept", random attention layers."""
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, nn.Module] = {}
     for site in host.sites:
         if site.kind == "mlp":
-            parts[site.name] = Transcoder(features, site.d_in, site.d_out, generator)
+            parts[site.name] = Transcoder(features, site.d_in, site.d_out, generator, skip)
         else:
             parts[site.name] = refreshed(host.module(site.module), generator) if attention == "refit" else copy.deepcopy(host.module(site.module))
     replacement = Replacement(host, parts)

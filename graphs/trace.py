@@ -29,13 +29,14 @@ FINAL = "final"
 @dataclass(frozen=True)
 class SiteTrace:
     """x: what the site read; inverse: 1 / scale of its norm; y: what was added to the stream; pattern: of an attention layer
-    (or of its stand-in); post: 1 / scale of a post-norm."""
+    (or of its stand-in); post: 1 / scale of a post-norm; rotary: (cos, sin) by which an attention layer turns queries and keys."""
 
     x: Float[Tensor, "row token d_in"]
     inverse: Float[Tensor, "row token"]
     y: Float[Tensor, "row token d_out"]
     pattern: Float[Tensor, "row head token source"] | None = None
     post: Float[Tensor, "row token"] | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def trace(host: Host, ids: Int[Tensor, "row token"], stand_ins: Mapping[str, nn.
     def pattern(name: str):
         def hook(_module, args, kwargs, output):
             seen[name]["pattern"] = routing(stand_ins, name, args, kwargs, output).detach()
+            seen[name]["rotary"] = kwargs.get("position_embeddings")
         return hook
 
     def end(name: str):
@@ -122,7 +124,7 @@ def trace(host: Host, ids: Int[Tensor, "row token"], stand_ins: Mapping[str, nn.
     for site in host.sites:
         got, post = seen[site.name], post_norm(model, site)
         found[site.name] = SiteTrace(got["x"], norm(model, site.norm).inverse(got["stream"]), got["y"], got.get("pattern"),
-                                     None if post is None else post.inverse(got["inside"]))
+                                     None if post is None else post.inverse(got["inside"]), got.get("rotary"))
     return Trace(ids, token, start - token, found, norm(model, row.final_norm).inverse(ends[f"{FINAL} in"]), ends["logits"])
 
 

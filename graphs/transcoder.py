@@ -3,6 +3,7 @@ LLM feature circuits").
 
     a = relu(w_enc x + b_enc)        x: what the MLP reads (the normalised residual stream)
     y = w_dec' a + b_dec             y: what the MLP writes
+      + skip_out' skip_in x          with a linear skip of rank r, where one is asked for (Paulo et al. 2025, "Transcoders beat SAEs")
 
 Feature is the first axis of every weight, so pruning is `w[kept]`. A gate of 0 replaces a feature by its mean activation
 on clean text (mean ablation), so that removing it for good is exact: its mean contribution folds into `b_dec`.
@@ -22,16 +23,18 @@ from graphs.dictionary import Act, Dictionary, Gated, Identity, JumpReLU, Part, 
 
 
 class Transcoder(nn.Module):
-    """One ReLU transcoder. gate: None, or one number a feature (1 kept, 0 mean-ablated)."""
+    """One ReLU transcoder. gate: None, or one number a feature (1 kept, 0 mean-ablated); a skip is never gated."""
 
     mean: Float[Tensor, "feature"]
 
-    def __init__(self, features: int, d_in: int, d_out: int, generator: torch.Generator | None = None) -> None:
+    def __init__(self, features: int, d_in: int, d_out: int, generator: torch.Generator | None = None, skip: int = 0) -> None:
         super().__init__()
         self.w_enc = nn.Parameter(torch.randn(features, d_in, generator=generator) / d_in**0.5)
         self.b_enc = nn.Parameter(torch.zeros(features))
         self.w_dec = nn.Parameter(torch.randn(features, d_out, generator=generator) / features**0.5)
         self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.skip_in = nn.Parameter(torch.randn(skip, d_in, generator=generator) / d_in**0.5) if skip else None
+        self.skip_out = nn.Parameter(torch.zeros(skip, d_out)) if skip else None
         self.register_buffer("mean", torch.zeros(features))
         self.gate: Tensor | None = None
         self.last: Tensor | None = None
@@ -42,6 +45,11 @@ class Transcoder(nn.Module):
     def features(self) -> int:
         """How many features there are."""
         return self.w_enc.shape[0]
+
+    @property
+    def skip(self) -> int:
+        """Rank of the linear skip."""
+        return 0 if self.skip_in is None else len(self.skip_in)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch feature"]:
         """Feature activations, before any gate."""
@@ -54,34 +62,47 @@ class Transcoder(nn.Module):
             self.last = activations
         if self.gate is not None:
             activations = self.mean + self.gate * (activations - self.mean)
-        return activations @ self.w_dec + self.b_dec
+        written = activations @ self.w_dec + self.b_dec
+        if self.skip_in is None or self.skip_out is None:
+            return written
+        return written + nn.functional.linear(x, self.skip_in) @ self.skip_out
 
     def dictionary(self) -> Dictionary:
-        """The same map as nodes of a graph."""
-        part = Part(self.w_enc.detach(), self.b_enc.detach(), self.w_dec.detach())
-        return Dictionary((part,), self.b_dec.detach())
+        """The same map as nodes of a graph: features, then the skip's."""
+        parts = [Part(self.w_enc.detach(), self.b_enc.detach(), self.w_dec.detach())]
+        if self.skip_in is not None and self.skip_out is not None:
+            parts.append(Part(self.skip_in.detach(), self.b_enc.new_zeros(self.skip), self.skip_out.detach(), Identity()))
+        return Dictionary(tuple(parts), self.b_dec.detach())
 
     def keep(self, kept: Int[Tensor, "kept"]) -> Transcoder:
         """A smaller transcoder of the kept features; the mean contribution of the others moves into `b_dec`."""
-        small = Transcoder(len(kept), self.w_enc.shape[1], self.w_dec.shape[1])
+        small = Transcoder(len(kept), self.w_enc.shape[1], self.w_dec.shape[1], skip=self.skip)
         dropped = torch.ones(self.features, dtype=torch.bool)
         dropped[kept] = False
         with torch.no_grad():
             for name in ("w_enc", "b_enc", "w_dec", "mean"):
                 getattr(small, name).copy_(getattr(self, name)[kept])
+            for name in ("skip_in", "skip_out") if self.skip else ():
+                getattr(small, name).copy_(getattr(self, name))
             small.b_dec.copy_(self.b_dec + self.mean[dropped] @ self.w_dec[dropped])
         return small
 
     def save(self, folder: Path, site: str) -> None:
-        """Write sae_lens' transcoder format (cfg.json, sae_weights.safetensors; their axes put d_in and d_out outside)."""
+        """Write sae_lens' transcoder format (cfg.json, sae_weights.safetensors; their axes put d_in and d_out outside), and beside it
+        what that has no place for: means, and the factors of W_skip."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
         weights = {"W_enc": self.w_enc.T, "b_enc": self.b_enc, "W_dec": self.w_dec, "b_dec": self.b_dec}
-        save_file({name: value.detach().contiguous() for name, value in weights.items()}, folder / "sae_weights.safetensors")
-        save_file({"mean": self.mean.contiguous()}, folder / "means.safetensors")
+        own = {"mean": self.mean}
+        if self.skip_in is not None and self.skip_out is not None:
+            weights["W_skip"] = self.skip_out.T @ self.skip_in
+            own |= {"skip_in": self.skip_in, "skip_out": self.skip_out}
+        for held, name in ((weights, "sae_weights"), (own, "means")):
+            save_file({key: value.detach().contiguous() for key, value in held.items()}, folder / f"{name}.safetensors")
         write_json(folder / "cfg.json", {
-            "architecture": "transcoder", "d_in": self.w_enc.shape[1], "d_sae": self.features, "d_out": self.w_dec.shape[1],
+            "architecture": "skip_transcoder" if self.skip else "transcoder",
+            "d_in": self.w_enc.shape[1], "d_sae": self.features, "d_out": self.w_dec.shape[1],
             "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": False, "normalize_activations": "none",
             "reshape_activations": "none", "metadata": {"site": site}})
 
@@ -91,12 +112,14 @@ class Transcoder(nn.Module):
         from safetensors.torch import load_file
 
         config, weights = read_json(folder / "cfg.json"), load_file(folder / "sae_weights.safetensors")
-        loaded = Transcoder(config["d_sae"], config["d_in"], config["d_out"])
+        own = load_file(folder / "means.safetensors")
+        loaded = Transcoder(config["d_sae"], config["d_in"], config["d_out"], skip=len(own["skip_in"]) if "skip_in" in own else 0)
         with torch.no_grad():
             loaded.w_enc.copy_(weights["W_enc"].T)
             for name, key in (("b_enc", "b_enc"), ("w_dec", "W_dec"), ("b_dec", "b_dec")):
                 getattr(loaded, name).copy_(weights[key])
-            loaded.mean.copy_(load_file(folder / "means.safetensors")["mean"])
+            for name, value in own.items():
+                getattr(loaded, name).copy_(value)
         return loaded
 
 

@@ -22,6 +22,15 @@ def circuit(tiny_host):
     return made.pruned(kept)
 
 
+def test_a_linear_skip_compiles_into_two_units_a_rank(tiny_host, batch):
+    made = from_noise(tiny_host, 8, 0, skip=3)
+    for part in made.transcoders().values():
+        part.skip_out.data.normal_()
+    compiled = compile_circuit(made)
+    assert parity(made, compiled, batch) <= 1e-5 and compiled.config.intermediate_size == 8 + 2 * 3
+    assert parity(made, compile_circuit(from_noise(tiny_host, 8, 0)), batch) > 1e-3  # the skip does something
+
+
 @pytest.fixture
 def batch(tiny_host):
     rows = TASKS["coding"].rows("test", 6)

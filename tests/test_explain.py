@@ -85,7 +85,17 @@ def test_the_fitted_graph_can_be_explained_too(folder):
     assert equation(graph, graph.index.find("L1.F0")).node == "L1.F0"
 
 
+def test_a_head_is_explained_by_the_pairs_that_steer_it(folder, capsys):
+    status, out, _ = explain(capsys, folder, "L1.H0", "--json", "--parents", "4")
+    found = json.loads(out)
+    assert status == 0 and found["head"] == "L1.H0" and len(found["pairs"]) == len(found["asking"]) == 4
+    assert 0 < found["first"] < 1 and found["tokens"] == reopen(folder, "circuit").edges(16, 0.95, 1 << 28).tokens
+    status, out, _ = explain(capsys, folder, "L1.H0")
+    assert status == 0 and out.startswith("L1.H0  (circuit of") and "asks -> answers" in out
+
+
 @pytest.mark.parametrize(("argv", "sentence"), [
+    (["L1.H9"], "layer 1 has H0 to H"), (["L7.H0"], "layers are L0 to L1"),
     (["L9.F0"], "no such node"), (["L1.F9999"], "layer 1 has F0 to"), (["token 'nonsenseword'"], "is not one token"),
     ([], "explain needs a node"), (["L0.F0", "--listing"], "and not both"), (["L0.mlp.bias"], "reads nothing"),
     (["L0.F0", "--parents", "0"], "at least 1"),

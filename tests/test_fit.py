@@ -8,7 +8,7 @@ from graphs.activations import record
 from graphs.batches import Epochs, encode
 from graphs.fit import FitConfig, distill, fit, quality, rebirth
 from graphs.losses import divergence, fvu
-from graphs.replace import from_noise
+from graphs.replace import Replacement, from_noise
 from graphs.targets import Targets
 
 SMALL = FitConfig(features=24, local_steps=30, joint_steps=10)
@@ -34,6 +34,21 @@ def test_the_penalty_makes_features_sparser(tiny_host, data):
         fitted, _ = fit(Targets(tiny_host, data), FitConfig(features=24, local_steps=60, joint_steps=0, sparsity=weight))
         return sum(s["l0"] for s in quality(tiny_host, fitted, data)["sites"] if s["l0"] is not None)
     assert l0(3.0) < 0.8 * l0(0.0)
+
+
+def test_the_anchor_keeps_parts_faithful_while_the_whole_is_fitted(tiny_host, data):
+    def worst(anchor):
+        fitted, _ = fit(Targets(tiny_host, data), FitConfig(features=24, local_steps=40, joint_steps=60, joint_rate=8e-3, anchor=anchor))
+        return sum(s["fvu"] for s in quality(tiny_host, fitted, data)["sites"])
+    assert worst(0.2) < 0.7 * worst(0.0)
+
+
+def test_a_skip_is_fitted_kept_and_saved(tiny_host, data, tmp_path):
+    fitted, _ = fit(Targets(tiny_host, data), FitConfig(features=8, local_steps=30, joint_steps=4, skip=2))
+    fitted.save(tmp_path / "graph")
+    again, batch = Replacement.load(tmp_path / "graph", tiny_host), data(0)
+    assert torch.equal(again(batch.ids), fitted(batch.ids))
+    assert all(part.skip == 2 and bool(part.skip_out.any()) for part in again.transcoders().values())
 
 
 def test_a_killed_fit_resumes_to_the_same_replacement(tiny_host, data, tmp_path, monkeypatch):

@@ -3,16 +3,18 @@
 import pytest
 import torch
 
-from graphs.transcoder import Transcoder
+from graphs.transcoder import Transcoder, of_dictionary
 
 
-@pytest.fixture
-def transcoder():
-    part = Transcoder(20, 8, 6, torch.Generator().manual_seed(0))
+@pytest.fixture(params=[0, 3], ids=["plain", "skip"])
+def transcoder(request):
+    part = Transcoder(20, 8, 6, torch.Generator().manual_seed(0), request.param)
     with torch.no_grad():
         part.b_enc.normal_(generator=torch.Generator().manual_seed(1))
         part.b_dec.normal_(generator=torch.Generator().manual_seed(2))
         part.mean.uniform_(generator=torch.Generator().manual_seed(3))
+        if part.skip:
+            part.skip_out.normal_(generator=torch.Generator().manual_seed(4))
     return part
 
 
@@ -28,6 +30,13 @@ def test_what_is_saved_is_what_is_loaded(transcoder, tmp_path):
     transcoder.save(tmp_path / "t", "L0.mlp")
     again, x = Transcoder.load(tmp_path / "t"), torch.randn(5, 8)
     assert torch.equal(again(x), transcoder(x)) and torch.equal(again.mean, transcoder.mean)
+
+
+def test_the_graphs_nodes_and_relu_units_compute_the_same(transcoder):
+    x = torch.randn(5, 8)
+    assert torch.allclose(transcoder.dictionary()(x), transcoder(x), atol=1e-5)
+    units = of_dictionary(transcoder.dictionary())
+    assert units.features == 20 + 2 * transcoder.skip and torch.allclose(units(x), transcoder(x), atol=1e-5)
 
 
 @pytest.mark.slow
