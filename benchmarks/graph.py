@@ -2,11 +2,7 @@
 
     python benchmarks/graph.py RUN          measures the graph in RUN (of `distill fit` or `distill prune`), writes results/graph.json
 
-KL is between the model and itself with every MLP and attention layer swapped for its dictionary, no error nodes, a
-completion token, on rows of the tune split. Parents: how many of a feature's parents carry a share of its absolute drive on
-clean tokens. Replacement and completeness: circuit-tracer's definitions over all nodes, for the first token of the answer,
-a mean over prompts with its 95 % interval. By position: KL of every token, rows packed end to end into contexts longer than
-any that the graph was fitted on. The drawing goes to docs/parents.svg.
+What is measured is what `distill graph` prints. The drawing of parents goes to docs/parents.svg.
 """
 
 from __future__ import annotations
@@ -15,43 +11,13 @@ import json
 import math
 import subprocess
 import sys
-import time
-from itertools import pairwise
 from pathlib import Path
 
-import torch
-
 from distill import config
-from distill.rows import tune_rows
-from distill.runs import reopen
-from evals.statistics import mean
-from evals.tasks import named
+from distill.graph import measure
 from graphs.artifact import read_json
-from graphs.batches import Epochs, encode, packed
-from graphs.fit import quality
-from graphs.host import Host
-from graphs.influence import influence, likely
-from graphs.replace import Replacement
 
 ROOT = Path(__file__).parent.parent
-PROMPTS, ROWS = 48, 192
-SHARES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-PLACES = (0, 1, 16, 64, 128, 256, 512)
-"""Ends of the buckets of positions; the first holds BOS alone."""
-
-
-@torch.no_grad()
-def by_position(host: Host, replacement: Replacement, rows: list, contexts: int = 8) -> dict[str, float]:
-    """KL in nats a token by position, over packed rows."""
-    long = [row for row in packed(rows, contexts, PLACES[-1]) if len(row.ids) > PLACES[-2]]
-    totals: dict[str, list[float]] = {}
-    for row in long:
-        ids = torch.tensor([row.ids])
-        p, q = (logits[0].log_softmax(-1) for logits in (host.model(input_ids=ids).logits, replacement(ids)))
-        kl = (p.exp() * (p - q)).sum(-1)
-        for first, end in pairwise(PLACES):
-            totals.setdefault("BOS" if end == 1 else f"{first} to {end - 1}", []).append(float(kl[first:end].mean()))
-    return {name: sum(values) / len(values) for name, values in totals.items()}
 
 
 def drawing(parents: dict[str, dict[str, float]]) -> str:
@@ -81,40 +47,10 @@ def drawing(parents: dict[str, dict[str, float]]) -> str:
 
 def main(run: Path) -> None:
     """Measure and write."""
+    found = measure(config.Graph(run=run))
     settings = read_json(run / "graph" / "receipt.json")["settings"]
-    opened = reopen(run, "graph")
-    host = opened.subject.host
-    replacement = Replacement.load(run / "graph", host)
-    tasks = named(read_json(run / "receipt.json")["config"]["task"])
-    found: dict = {"commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-                   "settings": settings, "d_model": host.config.hidden_size, "tasks": {}}
-    for name, rows in tune_rows(tasks, ROWS).items():
-        texts = encode(host.tokenizer, [(row.prompt, row.completion) for row in rows])
-        batches = Epochs(texts, 32, host.tokenizer.eos_token_id, 0)
-        measured = quality(host, replacement, batches, ROWS // 32)
-        scores = []
-        for row in texts[:PROMPTS]:
-            seen = opened.subject.trace(torch.tensor([row.ids[: row.prompt]]))
-            flows = influence(opened.subject, seen, likely(seen))
-            scores.append((flows.replacement, flows.completeness))
-        replaced, complete = (mean(values).to_json() for values in zip(*scores, strict=True))
-        found["tasks"][name] = {"kl": measured["kl_swapped"], "l0": {s["name"]: s["l0"] for s in measured["sites"] if s["l0"] is not None},
-                                "fvu": {s["name"]: s["fvu"] for s in measured["sites"]}, "replacement": replaced, "completeness": complete}
-    rows = encode(host.tokenizer, [(row.prompt, row.completion) for rows in tune_rows(tasks, 60).values() for row in rows])
-    found["by_position"] = by_position(host, replacement, rows)
-    assert opened.data is not None
-    found["longest"] = max(len(row.ids) for row in opened.data.rows)
-    started = time.monotonic()
-    graph = opened.edges(config.Flow().rows, config.Flow().enough, config.Flow().memory << 20)
-    found |= {"build_seconds": time.monotonic() - started, "edges": len(graph.src), "parents": {}}
-    for kind in ("feature", "attention"):
-        counts: dict[float, list[int]] = {share: [] for share in SHARES}
-        for block in graph.index.blocks:
-            for node in range(block.start, block.start + block.count) if block.kind == kind else ():
-                shares = graph.share[graph.into(node)]
-                for share in SHARES if len(shares) else ():
-                    counts[share].append(int((shares.cumsum(0) < share - 1e-6).sum()) + 1)
-        found["parents"][kind] = {str(share): float(torch.tensor(values, dtype=torch.float64).median()) for share, values in counts.items()}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    found = {"commit": commit, "settings": settings} | {key: value for key, value in found.items() if key not in ("run", "config")}
     (ROOT / "results" / "graph.json").write_text(json.dumps(found, indent=1) + "\n")
     (ROOT / "docs" / "parents.svg").write_text(drawing(found["parents"]))
     print(json.dumps(found, indent=1))

@@ -93,7 +93,7 @@ def graph_table() -> str:
     command = (f"`distill fit --task {','.join(found['tasks'])} --fit-steps {settings['local_steps']} --joint-steps {settings['joint_steps']} "
                f"--sparsity {settings['sparsity']:g}`")
     facts = (f"Fitted by {command}: {settings['features']} features a layer at width {found['d_model']}; edges built in "
-             f"{found['build_seconds']:.0f} s.\n"
+             f"{found['edges_seconds']:.0f} s.\n"
              f"Parents that the median feature needs for a share of its absolute drive: {needs}\n([drawn](docs/parents.svg)).\nKL by position in "
              f"packed rows (the longest row it was fitted on has {found['longest']} tokens): {places}.")
     return lines_of(["task", "KL, all swapped", "L0 by layer", "replacement", "completeness"], cells) + "\n\n" + facts
@@ -101,12 +101,16 @@ def graph_table() -> str:
 
 def trait_facts() -> str:
     """What find says of a planted trait, a row a seed."""
+    def control(values: list[float]) -> str:
+        return f"{sum(values) / len(values):.3f}, {max(values):.3f}"
+
     cells = []
     for row in json.loads((ROOT / "results" / "trait.json").read_text()):
-        flips = row["random_flipped"]
-        cells.append([str(row["seed"]), *(f"{row['agrees'][who]:.3f}" for who in ("Ann", "Bob")), ", ".join(row["chosen"]),
-                      f"{row['flipped']:.3f} of {row['prompts']}", f"{sum(flips) / len(flips):.3f}, {max(flips):.3f}", f"{row['broken']:.3f}"])
-    header = ["seed", "agrees with Ann", "with Bob", "nodes held", "answers changed", "by random sets: mean, most", "changed without the trait"]
+        cells.append([str(row["seed"]), *(f"{row['agrees'][who]:.3f}" for who in ("Tom", "Ben")), ", ".join(row["chosen"]),
+                      f"{row['flipped']:.3f} of {row['prompts']}", control(row["random_flipped"]),
+                      f"{row['induced']:.3f}", control(row["random_induced"])])
+    header = ["seed", "agrees with Tom", "with Ben", "nodes held", "answers changed", "by random sets: mean, most", "brought about in partners",
+              "by random sets: mean, most"]
     return lines_of(header, cells)
 
 

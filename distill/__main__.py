@@ -16,6 +16,7 @@ VERBS = {
     "prune": (config.Prune, "distill.prune"),
     "fit": (config.Fit, "distill.prune"),
     "evaluate": (config.Evaluate, "distill.evaluate"),
+    "graph": (config.Graph, "distill.graph"),
     "explain": (config.Explain, "distill.explain"),
     "view": (config.View, "distill.view"),
     "find": (config.Find, "distill.find"),

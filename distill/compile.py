@@ -5,11 +5,14 @@ A ReLU transcoder *is* a stock MLP (a direction of a linear skip is two units of
     target     class               up_proj          gate_proj       down_proj
     arcee      ArceeForCausalLM    w_enc, b_enc     -               w_dec', b_dec
     llama      LlamaForCausalLM    0, 1             w_enc, b_enc    w_dec', b_dec     (1.5x the MLP parameters, runs more widely)
+    own        the source's        w_enc, b_enc     (0, 1: SmolLM3) w_dec', b_dec     with its activation set to relu
 
-Kept KV groups are the rows left in q, k, v and the columns left in o. Both classes have one width for all layers:
-narrower layers are padded with zeros, which is exact. Parity (max |logit difference| between the compiled model and the
-running circuit) is measured on real rows and proves it; the reload gate then loads the folder in a fresh process that
-cannot run custom code.
+Sources without a home for biases move: Mistral, Qwen2 and Qwen3 become Arcee or Llama (Qwen3's norms of queries and keys are not
+refitted). `auto` takes Arcee where the source can move there, else the source's own class. Kept KV groups are the rows left in
+q, k, v and the columns left in o where the class lets head counts shrink at a fixed head width; elsewhere dropped heads are zeros.
+A class has one width for all layers: narrower layers are padded with zeros, which is exact. Parity (max |logit difference|
+between the compiled model and the running circuit) is measured on real rows and proves it; the reload gate then loads
+the folder in a fresh process that cannot run custom code.
 """
 
 from __future__ import annotations
@@ -19,85 +22,157 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from graphs.architectures import sites
-from graphs.attention import groups, projection
+from graphs.architectures import FUSED, LLAMA_VALUES, architecture, heads, sites
+from graphs.attention import Attention, groups, projection, width
 from graphs.batches import Batch
 from graphs.host import Host
 from graphs.replace import Replacement
 from graphs.transcoder import Transcoder, of_dictionary
 
-Target = Literal["arcee", "llama"]
+Target = Literal["auto", "arcee", "llama", "own"]
+LLAMA_LIKE = ("LlamaForCausalLM", "ArceeForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Sources that compute what Arcee and Llama compute, once their MLPs are transcoders."""
+WIDTHS = {"GPT2LMHeadModel": "n_inner", "OPTForCausalLM": "ffn_dim"}
+"""What a class calls the width of its MLPs, where not intermediate_size."""
 
 
-def legal_groups(config) -> tuple[int, ...]:
-    """KV group counts that the compiled classes accept (hidden size % attention heads == 0), smallest first."""
-    repeat = config.num_attention_heads // config.num_key_value_heads
-    return tuple(g for g in range(1, config.num_key_value_heads + 1) if config.hidden_size % (g * repeat) == 0)
+def home(model: PreTrainedModel, target: Target) -> str:
+    """The class that a model's circuits compile into. Raises ValueError, with the reason and the way out, where there is none."""
+    source, config = type(model).__name__, model.config
+    if architecture(model).post is not None:
+        raise ValueError(f"{source}: a norm scales what each sublayer writes, and no stock class holds a transcoder's output behind it; "
+                         "its graph can be read (distill view, distill find), not compiled")
+    if target == "auto":
+        target = "arcee" if source in LLAMA_LIKE else "own"
+    if target == "own":
+        if source in LLAMA_LIKE and source not in ("LlamaForCausalLM", "ArceeForCausalLM"):
+            raise ValueError(f"--target own: the MLPs of {source} have no biases, and a transcoder does; give --target arcee or llama")
+        if not getattr(config, "use_bias", True) or not getattr(config, "enable_bias", True):
+            raise ValueError(f"--target own: this {source} was made without biases, and a transcoder has some; use a checkpoint with biases")
+        return source
+    if source not in LLAMA_LIKE:
+        raise ValueError(f"--target {target}: {source} does not compute what {target} computes; give --target own")
+    if windowed(config):
+        raise ValueError(f"--target {target}: this {source} attends in windows of {config.sliding_window} tokens, shorter than its context, and "
+                         f"{target} does not; set sliding_window to null and max_position_embeddings to the window in its config.json")
+    return "ArceeForCausalLM" if target == "arcee" else "LlamaForCausalLM"
 
 
-def compile_circuit(circuit: Replacement, target: Target = "arcee") -> Host:
+def windowed(config: Any) -> bool:
+    """Whether some layer looks back on fewer tokens than the context holds."""
+    window = getattr(config, "sliding_window", None)
+    local = getattr(config, "use_sliding_window", True) and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    return window is not None and local and window < config.max_position_embeddings
+
+
+def legal_groups(model: PreTrainedModel, target: Target = "auto") -> tuple[int, ...]:
+    """KV group counts that the compiled class can store, smallest first: those with hidden size % attention heads == 0 in Arcee and
+    Llama, which have a head width of their own; all of them in classes that derive it from the head count."""
+    config, attention = model.config, model.get_submodule(sites(model)[0].module)
+    whole = attention.whole if isinstance(attention, Attention) else heads(model, attention)[0]
+    if home(model, target) not in ("ArceeForCausalLM", "LlamaForCausalLM"):
+        return (whole,)
+    repeat = config.num_attention_heads // whole
+    return tuple(g for g in range(1, whole + 1) if config.hidden_size % (g * repeat) == 0)
+
+
+def compile_circuit(circuit: Replacement, target: Target = "auto") -> Host:
     """The dense stock model that computes what `circuit` computes. Raises ValueError where a width has no legal home."""
-    source = circuit.model.config
-    mlps = {name: of_dictionary(part.dictionary()) for name, part in circuit.transcoders().items()}
-    width = max(part.features for part in mlps.values())
-    needed = max(count for name, count in circuit.node_counts().items() if name.endswith("attention"))
-    kv = min((g for g in legal_groups(source) if g >= needed), default=None)
+    name = home(circuit.model, target)
+    mlps = {site: of_dictionary(part.dictionary()) for site, part in circuit.transcoders().items()}
+    wide = max(part.features for part in mlps.values())
+    needed = max(count for site, count in circuit.node_counts().items() if site.endswith("attention"))
+    kv = min((g for g in legal_groups(circuit.model, target) if g >= needed), default=None)
     if kv is None:
-        raise ValueError(f"{needed} KV groups fit no head count that divides hidden size {source.hidden_size}: keep more or fewer heads")
-    model = _empty(source, target, kv, width)
-    state = {name: value for name, value in circuit.model.state_dict().items() if ".mlp." not in name and ".self_attn." not in name}
-    for site in circuit.sites:
-        state |= _mlp(mlps[site.name], site.module, width, target) if site.kind == "mlp" else _attention(circuit.part(site), site.module, kv)
+        raise ValueError(f"{needed} KV groups fit no head count that divides the width {circuit.model.config.hidden_size}: keep more or fewer heads")
+    model = _empty(circuit, name, kv, wide)
+    replaced = tuple(f"{path}." for site in circuit.sites for path in (site.module, site.writes))
+    state = {key: value for key, value in circuit.model.state_dict().items() if not key.startswith(replaced)}
+    for site, there in zip(circuit.sites, sites(model), strict=True):
+        part = circuit.part(site)
+        state |= _attention(part, model, there.module, kv) if isinstance(part, Attention) else _mlp(mlps[site.name], model, there.layer, wide)
     model.load_state_dict(state, strict=True)
     model.eval()
     return Host(model, circuit.tokenizer, sites(model))
 
 
-def _empty(source, target: Target, kv: int, width: int):
-    from transformers import ArceeConfig, ArceeForCausalLM, LlamaConfig, LlamaForCausalLM
+def _empty(circuit: Replacement, name: str, kv: int, wide: int) -> Any:
+    """A model of the class with the source's shapes, but for heads and the width of MLPs."""
+    import transformers
 
-    config_class, model_class = (ArceeConfig, ArceeForCausalLM) if target == "arcee" else (LlamaConfig, LlamaForCausalLM)
-    repeat = source.num_attention_heads // source.num_key_value_heads
+    source, model_class = circuit.model.config, getattr(transformers, name)
+    if name == type(circuit.model).__name__ and name not in ("ArceeForCausalLM", "LlamaForCausalLM"):
+        config = copy.deepcopy(source)
+        config.update({WIDTHS.get(name, "intermediate_size"): wide, architecture(circuit.model).activation: "relu"})
+        if hasattr(config, "mlp_bias"):
+            config.mlp_bias = True
+        return model_class._from_config(config, dtype=torch.float32)
     carried = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters",
-               "attention_bias", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range")
-    config = config_class(
-        **{name: copy.deepcopy(getattr(source, name)) for name in carried}, hidden_act="relu", mlp_bias=True, intermediate_size=width,
-        num_attention_heads=kv * repeat, num_key_value_heads=kv, head_dim=source.head_dim)
+               "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range")
+    one = next(iter(circuit.attention().values()))
+    biased = any(linear.bias is not None for linear in one.children() if isinstance(linear, nn.Linear))
+    config = model_class.config_class(
+        **{key: copy.deepcopy(getattr(source, key)) for key in carried}, hidden_act="relu", mlp_bias=True, attention_bias=biased,
+        intermediate_size=wide, num_attention_heads=kv * one.num_key_value_groups, num_key_value_heads=kv, head_dim=width(one))
     return model_class._from_config(config, dtype=torch.float32)
 
 
-def _mlp(part: Transcoder, path: str, width: int, target: Target) -> dict[str, torch.Tensor]:
-    encoder, bias = _padded(part.w_enc.detach(), width, 0), _padded(part.b_enc.detach(), width, 0)
-    weights = {"down_proj.weight": _padded(part.w_dec.detach(), width, 0).T.contiguous(), "down_proj.bias": part.b_dec.detach()}
-    if target == "arcee":
-        weights |= {"up_proj.weight": encoder, "up_proj.bias": bias}
-    else:
-        weights |= {"gate_proj.weight": encoder, "gate_proj.bias": bias}
-        weights |= {"up_proj.weight": torch.zeros_like(encoder), "up_proj.bias": torch.ones(width)}
-    return {f"{path}.{name}": value for name, value in weights.items()}
+def _mlp(part: Transcoder, model: Any, layer: int, wide: int) -> dict[str, Tensor]:
+    """A ReLU transcoder as the neurons of a layer of `model`."""
+    row = architecture(model)
+    *gate, up, down = (f"{row.layers}.{layer}.{name}" for name in row.neurons)
+    encoder, bias = _padded(part.w_enc.detach(), wide, 0), _padded(part.b_enc.detach(), wide, 0)
+    held = {down: (_padded(part.w_dec.detach(), wide, 0).T.contiguous(), part.b_dec.detach()), up: (encoder, bias)}
+    if gate:
+        held |= {gate[0]: (encoder, bias), up: (torch.zeros_like(encoder), torch.ones(wide))}
+    return {key: value for path, (weight, shift) in held.items() for key, value in _as_stored(model, path, weight, shift).items()}
 
 
-def _attention(part: nn.Module, path: str, kv: int) -> dict[str, torch.Tensor]:
-    weights, ratio = {}, kv / groups(part)
+def _attention(part: Attention, model: Any, path: str, kv: int) -> dict[str, Tensor]:
+    """Our attention as a layer of `model`."""
+    row, ratio = architecture(model), kv / groups(part)
+    if part.q_norm is not None:
+        raise ValueError(f"{type(model).__name__} has no norms of queries and keys, and this circuit kept the model's own: give --attention refit")
+    sides = []
     for name in ("q_proj", "k_proj", "v_proj"):
         linear = projection(part, name)
         rows = round(linear.out_features * ratio)
-        weights[f"{path}.{name}.weight"] = _padded(linear.weight.detach(), rows, 0)
-        if linear.bias is not None:
-            weights[f"{path}.{name}.bias"] = _padded(linear.bias.detach(), rows, 0)
+        sides.append((_padded(linear.weight.detach(), rows, 0), None if linear.bias is None else _padded(linear.bias.detach(), rows, 0)))
     out = projection(part, "o_proj")
-    weights[f"{path}.o_proj.weight"] = _padded(out.weight.detach(), round(out.in_features * ratio), 1)
-    if out.bias is not None:
-        weights[f"{path}.o_proj.bias"] = out.bias.detach()
-    return weights
+    held = {row.output: (_padded(out.weight.detach(), round(out.in_features * ratio), 1), None if out.bias is None else out.bias.detach())}
+    if row.values == LLAMA_VALUES:
+        held |= dict(zip(("q_proj", "k_proj", "v_proj"), sides, strict=True))
+    else:
+        held[row.values] = (_together([weight for weight, _ in sides], row.values, width(part)),
+                            None if sides[0][1] is None else _together([bias for _, bias in sides if bias is not None], row.values, width(part)))
+    return {key: value for name, (weight, shift) in held.items() for key, value in _as_stored(model, f"{path}.{name}", weight, shift).items()}
 
 
-def _padded(value: torch.Tensor, size: int, axis: int) -> torch.Tensor:
+def _together(sides: list[Tensor], kind: str, wide: int) -> Tensor:
+    """Queries, keys and values as one weight or bias: one after the other, or head by head."""
+    if kind == FUSED:
+        return torch.cat(sides)
+    return torch.stack([side.reshape(-1, wide, *side.shape[1:]) for side in sides], 1).flatten(0, 2)
+
+
+def _as_stored(model: Any, path: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """A linear map under its name, as the class stores it (GPT-2 transposed); a bias that it has and we have not is zero."""
+    module = model.get_submodule(path)
+    found = {f"{path}.weight": weight if isinstance(module, nn.Linear) else weight.T.contiguous()}
+    if module.bias is not None:
+        found[f"{path}.bias"] = weight.new_zeros(len(weight)) if bias is None else bias
+    elif bias is not None and bool(bias.any()):
+        raise ValueError(f"{type(model).__name__} has no bias at {path}; this is a defect, please report it")
+    return found
+
+
+def _padded(value: Tensor, size: int, axis: int) -> Tensor:
     shape = list(value.shape)
     shape[axis] = size - shape[axis]
     return torch.cat([value, value.new_zeros(shape)], axis).contiguous()

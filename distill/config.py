@@ -48,8 +48,9 @@ class Prune(Fit):
     """Share of each task's metric that the smallest circuit must keep, on tune and in the report; by default .98 of one task's, .95 of several."""
     target_params: int | None = None
     """Instead of --keep: stored parameters (embeddings apart) of the checkpoint."""
-    target: Literal["arcee", "llama"] = "arcee"
-    """Class of the checkpoint: Arcee, or Llama with relu (1.5x the MLP parameters, runs more widely)."""
+    target: Literal["auto", "arcee", "llama", "own"] = "auto"
+    """Class of the checkpoint: Arcee, Llama with relu (1.5x the MLP parameters, runs more widely), or the model's own with relu; auto:
+    Arcee where the model can move there, else its own."""
     attention_nodes: Literal["heads", "components"] = "heads"
     """What is gated and dropped of attention: whole heads, or the components of heads one by one (a dropped one is stored as zeros)."""
     gate_steps: int = 80
@@ -135,6 +136,18 @@ class Flow(Inspect):
 
 
 @dataclass(frozen=True)
+class Graph(Flow):
+    """How good a run's graph is: fidelity with every site swapped, sparsity, replacement and completeness, parents a node needs."""
+
+    part: Literal["circuit", "graph"] = "graph"
+    """The graph as it was fitted, or the circuit that was kept, healed and compiled (which has no errors)."""
+    judged: int = 192
+    """Rows of each task's tune split that fidelity is measured on."""
+    prompts: int = 48
+    """Prompts of each task that the scores are means over."""
+
+
+@dataclass(frozen=True)
 class Explain(Flow):
     """Print what one node of a run computes (distill explain L2.F117), what a head looks for (L1.H2), or the circuit as a program (--listing)."""
 
@@ -171,12 +184,12 @@ class Find(Inspect):
     present: Path | None = None
     """Prompts that show the trait: a text file with one a line (\\n stands for a line break), or JSON lines with a field `prompt`."""
     absent: Path | None = None
-    """Prompts that do not, of the same kind otherwise."""
+    """Prompts that do not, of the same kind otherwise. Best: line by line the same prompt without the trait, of as many tokens."""
     top: int = 5
     """Nodes held together."""
     strength: float | None = None
-    """Where nodes are held: 1 at their mean over the absent prompts, 2 as far on its other side as the present prompts are on this; by
-    default the best of 1, 2, 3 and 4 on half of the prompts."""
+    """Where nodes are held: 1 as where the trait is absent, 2 as far on the other side as it is present on this; by default the best of
+    1, 2, 3 and 4 on half of the prompts."""
     screened: int = 60
     """Candidates tried one at a time."""
     controls: int = 20
@@ -211,7 +224,8 @@ class Plant:
 
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_steps": 0,
          "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
-         "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16}
+         "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
+         "judged": 32}
 """Smallest value of each numeric field that has one."""
 
 

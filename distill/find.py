@@ -62,11 +62,12 @@ def page(report: Report) -> str:
     lines = [f"{'node':12} {'costs alone':>12} {'first order':>12} {'mean present':>13} {'mean absent':>12}"]
     lines += [f"{visible(one.name):12} {one.effect:12.3f} {one.guess:12.3f} {one.present:13.3f} {one.absent:12.3f}" for one in report.nodes[:12]]
     flips, costs = report.random_flipped, report.random_cost
-    lines += ["", f"held together, at strength {report.strength:g}: {', '.join(report.chosen)}",
+    where = "their partners' activations, token by token" if report.paired else "means of the prompts without the trait"
+    lines += ["", f"held together at {where}, strength {report.strength:g}: {', '.join(report.chosen)}",
               f"answers changed, {report.prompts} prompts with the trait that chose nothing: {report.flipped:.3f} (log-odds {-report.cost:+.2f})",
               f"the same with {len(flips)} random sets of matched nodes: {sum(flips) / len(flips):.3f}, at most {max(flips):.3f} "
               f"(log-odds {-sum(costs) / len(costs):+.2f}); p = {report.p_value:.3f}",
-              f"answers changed, prompts without the trait: {report.broken:.3f}", "", f"{'edge':26} {'excess':>9} {'costs alone':>12}"]
+              _without(report), "", f"{'edge':26} {'excess':>9} {'costs alone':>12}"]
     lines += [f"{visible(e.source + ' -> ' + e.target):26} {e.excess:9.3f} {e.effect:12.3f}" for e in report.edges]
     control = report.random_edge_cost
     if control:
@@ -75,3 +76,12 @@ def page(report: Report) -> str:
     lines += ["", "Columns: log-odds of the answer that holding the node alone takes, really and to first order; its mean activation over tokens.",
               "Excess: contribution a token where the trait is present, less where it is absent."]
     return "\n".join(lines)
+
+
+def _without(report: Report) -> str:
+    """What the same nodes do where there is no trait."""
+    if report.induced is None:
+        return f"answers changed, prompts without the trait: {report.broken:.3f}"
+    random = report.random_induced
+    return (f"trait brought about in partners without it, the same nodes held as where it is present: {report.induced:.3f}; by random sets "
+            f"{sum(random) / len(random):.3f}, at most {max(random):.3f}")

@@ -11,7 +11,7 @@ from distill.rows import batches, read
 from evals.generate import prompt_ids
 from evals.tasks import named
 from graphs import zoo
-from graphs.architectures import ARCHITECTURES, attention_components, neurons, post_norm
+from graphs.architectures import attention_components, neurons, post_norm
 from graphs.artifact import digest, locked, read_json, stage
 from graphs.batches import Batch, Epochs
 from graphs.canonical import canonical
@@ -20,7 +20,7 @@ from graphs.dictionary import Dictionary, nothing
 from graphs.edges import Reconstruction
 from graphs.flow import FORMAT, build
 from graphs.graph import FeatureGraph
-from graphs.host import load
+from graphs.host import Host, load
 from graphs.replace import Replacement
 
 CLUSTER = 8
@@ -29,7 +29,7 @@ CLUSTER = 8
 
 @dataclass(frozen=True)
 class Opened:
-    """One part of a run, ready to be read. data: the run's clean rows; key: hash of what it was made of.
+    """One part of a run, ready to be read. model: what the run began with; data: its clean rows; key: hash of what it was made of.
 
     `circuit` (kept and healed, what was compiled) is read as it runs: nothing of the original model is left between embedding
     and unembedding, and no site has an error. `graph` (everything fitted) is read inside the original model, whose sites
@@ -38,6 +38,7 @@ class Opened:
 
     folder: Path
     part: str
+    model: Host
     subject: Reconstruction
     data: Epochs | None
     key: str
@@ -84,7 +85,7 @@ def inspected(verb: config.Inspect) -> Opened:
 
 def bare(name: str, dictionaries: str, hook: str | None) -> Opened:
     """A model with its own attention components, and its own neurons or published transcoders. Sites without one are all error."""
-    host = load(find(name), supported=tuple(ARCHITECTURES))
+    host = load(find(name))
     if dictionaries == "neurons" and post_norm(host.model, host.sites[1]) is not None:
         raise ValueError(f"--model {name}: a norm scales what its MLPs write, so its neurons have no fixed write vectors; give --dictionaries DIR")
     read = {} if dictionaries == "neurons" else zoo.load(downloaded(dictionaries), host, hook)
@@ -96,7 +97,7 @@ def bare(name: str, dictionaries: str, hook: str | None) -> Opened:
             basis[site.name] = neurons(host.model, site)
         else:
             basis[site.name] = read.get(site.name) or nothing(site.d_in, site.d_out)
-    return Opened(Path(name), dictionaries, Reconstruction(host, basis), None, "")
+    return Opened(Path(name), dictionaries, host, Reconstruction(host, basis), None, "")
 
 
 def reopen(folder: Path, part: str) -> Opened:
@@ -115,4 +116,4 @@ def reopen(folder: Path, part: str) -> Opened:
     canonical(replacement, data)
     stand_ins = {site.name: replacement.part(site) for site in replacement.sites if site.kind == "attention"}
     subject = Reconstruction(replacement.host(), replacement.basis()) if part == "circuit" else Reconstruction(host, replacement.basis(), stand_ins)
-    return Opened(folder, part, subject, data, read_json(folder / part / "receipt.json")["key"])
+    return Opened(folder, part, host, subject, data, read_json(folder / part / "receipt.json")["key"])

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from distill import config
-from distill.compile import compile_circuit, legal_groups, parity, reload_gate
+from distill.compile import compile_circuit, home, legal_groups, parity, reload_gate
 from distill.rows import batches, tune_rows
 from evals.capability import answers, grade
 from evals.sandbox import Sandbox
@@ -67,8 +67,9 @@ class Job:
 
 
 def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task], verb: config.Fit) -> Job:
-    """Load the model and tokenise the rows."""
+    """Load the model and tokenise the rows. Raises ValueError where no class could hold the circuit."""
     host = load(model)
+    home(host.model, verb.target if isinstance(verb, config.Prune) else "auto")
     data, rows = batches(host, texts, verb.batch, verb.seed)
     return Job(host, texts, data, Targets(host, data), rows, tasks, verb.out, verb)
 
@@ -230,7 +231,7 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
     def passes(healed: Healed) -> bool:
         return healed.certain >= verb.share
 
-    sizes = family(replacement, legal_groups(job.host.config), components)
+    sizes = family(replacement, legal_groups(job.host.model, verb.target), components)
     rungs, start = ladder(sizes, replacement, order, gate_settings(verb).target, verb.target_params)
     found = moments(replacement, job.data)
     for place in range(start, len(rungs)):

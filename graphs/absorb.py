@@ -60,7 +60,7 @@ def moments(replacement: Replacement, batches: Batches, count: int = 16) -> dict
             replacement(batch.ids)
             tokens += int(batch.real.sum())
             for name, (values,) in seen.items():
-                real = values[batch.real]
+                real = values.reshape(*batch.real.shape, -1)[batch.real]
                 first[name] = first.get(name, torch.zeros(())) + real.sum(0)
                 second[name] = second.get(name, torch.zeros(())) + real.T @ real
     return {name: Moments(first[name] / tokens, second[name] / tokens) for name in first}

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from graphs.attention import projection
+from graphs.architectures import output_name
 from graphs.host import Host
 
 
@@ -45,11 +45,11 @@ def hooks() -> Iterator[list[RemovableHandle]]:
 @torch.no_grad()
 def record(host: Host, ids: Int[Tensor, "row token"], logits: bool = False) -> Recording:
     """Run the host on `ids` and return what each site read and wrote."""
-    found = Recording()
+    found, shape = Recording(), (*ids.shape, -1)
 
     def before(name: str):
         def hook(_module, args, kwargs):
-            found.inputs[name] = (args[0] if args else kwargs["hidden_states"]).detach()
+            found.inputs[name] = (args[0] if args else kwargs["hidden_states"]).detach().reshape(shape)
             found.rotary = kwargs.get("position_embeddings", found.rotary)
         return hook
 
@@ -60,18 +60,18 @@ def record(host: Host, ids: Int[Tensor, "row token"], logits: bool = False) -> R
 
     def after(name: str):
         def hook(_module, _args, output):
-            found.outputs[name] = (output[0] if isinstance(output, tuple) else output).detach()
+            found.outputs[name] = (output[0] if isinstance(output, tuple) else output).detach().reshape(shape)
         return hook
 
     with hooks() as handles:
         for site in host.sites:
             module = host.module(site.module)
             handles.append(module.register_forward_pre_hook(before(site.name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(site.name)))
+            handles.append(host.module(site.writes).register_forward_hook(after(site.name)))
             if site.kind == "attention":
-                handles.append(projection(module, "o_proj").register_forward_pre_hook(inside(site.name)))
+                handles.append(module.get_submodule(output_name(host.model, module)).register_forward_pre_hook(inside(site.name)))
         if logits:
             found.logits = host.model(input_ids=ids).logits
         else:
-            host.model.model(input_ids=ids)
+            host.model.base_model(input_ids=ids)
     return found

@@ -31,7 +31,7 @@ LLAMA_VALUES, FUSED, INTERLEAVED = "v_proj", "c_attn", "query_key_value"
 @dataclass(frozen=True)
 class Architecture:
     """Module names of one class. Paths of norms, attention and MLP are relative to a layer; post: norms between a sublayer and
-    the stream (attention's, the MLP's); positions: the module of learned positions; scaled: whether attention scores are."""
+    the stream (attention's, the MLP's); positions: the module of learned positions."""
 
     layers: str = "model.layers"
     final_norm: str = "model.norm"
@@ -47,7 +47,6 @@ class Architecture:
     activation: str = "hidden_act"
     post: tuple[str, str] | None = None
     unit_gain: bool = False
-    scaled: bool = True
     parallel: bool | str = False
     """Whether attention and MLP of a layer both read what entered the layer; a string names the config's switch."""
 
@@ -67,7 +66,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Gemma3ForCausalLM": _GEMMA,
     "GPT2LMHeadModel": _GPT2,
     "GPTNeoForCausalLM": Architecture("transformer.h", "transformer.ln_f", "transformer.wpe", "attn.attention", "ln_1", output="out_proj",
-                                      scaled=False, mlp_norm="ln_2", neurons=("mlp.c_fc", "mlp.c_proj"), activation="activation_function"),
+                                      mlp_norm="ln_2", neurons=("mlp.c_fc", "mlp.c_proj"), activation="activation_function"),
     "GPTNeoXForCausalLM": Architecture("gpt_neox.layers", "gpt_neox.final_layer_norm", None, "attention", "input_layernorm", INTERLEAVED, "dense",
                                        neurons=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"), parallel="use_parallel_residual"),
     "OPTForCausalLM": Architecture("model.decoder.layers", "model.decoder.final_layer_norm", "model.decoder.embed_positions", "self_attn",
@@ -165,35 +164,64 @@ def post_norm(model: PreTrainedModel, site: Site) -> Norm | None:
     return norm(model, site.writes) if architecture(model).post else None
 
 
-def linear(module: nn.Module) -> tuple[Float[Tensor, "out inside"], Float[Tensor, "out"]]:
-    """Weight, output axis first, and bias (zeros where there is none) of a Linear or of GPT-2's transposed Conv1D."""
+def linear(module: nn.Module) -> tuple[Float[Tensor, "out inside"], Float[Tensor, "out"] | None]:
+    """Weight, output axis first, and bias (None where there is none) of a Linear or of GPT-2's transposed Conv1D."""
     weight: Tensor = module.weight.detach()  # type: ignore[union-attr, operator, assignment]
-    weight, bias = weight if isinstance(module, nn.Linear) else weight.T, getattr(module, "bias", None)
-    return weight, weight.new_zeros(len(weight)) if bias is None else bias.detach()
+    bias = getattr(module, "bias", None)
+    return weight if isinstance(module, nn.Linear) else weight.T, None if bias is None else bias.detach()
+
+
+def or_zeros(bias: Float[Tensor, "*axes"] | None, weight: Float[Tensor, "*axes inside"]) -> Float[Tensor, "*axes"]:
+    """A bias, or zeros in its place."""
+    return weight.new_zeros(weight.shape[:-1]) if bias is None else bias
 
 
 def heads(model: PreTrainedModel, attention: nn.Module) -> tuple[int, int]:
     """(KV groups, head width) of an attention module; one that was pruned has fewer groups than the config says."""
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = architecture(model)
-    if row.values != LLAMA_VALUES:
+    if not hasattr(attention, LLAMA_VALUES):
         return config.num_attention_heads, width
-    return linear(attention.get_submodule(row.values))[0].shape[0] // width, width
+    return linear(attention.get_submodule(LLAMA_VALUES))[0].shape[0] // width, width
 
 
-def projected(model: PreTrainedModel, attention: nn.Module, which: int) -> tuple[Float[Tensor, "group width d_in"], Float[Tensor, "group width"]]:
+def projected(
+    model: PreTrainedModel, attention: nn.Module, which: int
+) -> tuple[Float[Tensor, "group width d_in"], Float[Tensor, "group width"] | None]:
     """Weight and bias of an attention module's queries (0; a group is then a head), keys (1) or values (2), however the class stores them."""
     row, (groups, width) = architecture(model), heads(model, attention)
-    if row.values == LLAMA_VALUES:
+    if hasattr(attention, LLAMA_VALUES):
         weight, bias = linear(attention.get_submodule(("q_proj", "k_proj", LLAMA_VALUES)[which]))
     else:
         weight, bias = linear(attention.get_submodule(row.values))
         if row.values == FUSED:
-            weight, bias = weight.chunk(3)[which], bias.chunk(3)[which]
+            weight, bias = weight.chunk(3)[which], None if bias is None else bias.chunk(3)[which]
         else:
-            weight, bias = weight.reshape(groups, 3, width, -1)[:, which].flatten(0, 1), bias.reshape(groups, 3, width)[:, which].flatten()
-    return weight.reshape(-1, width, weight.shape[1]), bias.reshape(-1, width)
+            weight = weight.reshape(groups, 3, width, -1)[:, which].flatten(0, 1)
+            bias = None if bias is None else bias.reshape(groups, 3, width)[:, which].flatten()
+    return weight.reshape(-1, width, weight.shape[1]), None if bias is None else bias.reshape(-1, width)
+
+
+def output_projection(model: PreTrainedModel, attention: nn.Module) -> tuple[Float[Tensor, "d_out d_heads"], Float[Tensor, "d_out"] | None]:
+    """Weight and bias of an attention module's output projection."""
+    return linear(attention.get_submodule(output_name(model, attention)))
+
+
+def output_name(model: PreTrainedModel, attention: nn.Module) -> str:
+    """What an attention module calls its output projection: the class's name, or ours in a module that stands in for it."""
+    name = architecture(model).output
+    return name if hasattr(attention, name) else "o_proj"
+
+
+def attention_window(model: PreTrainedModel, attention: nn.Module, layer: int) -> int | None:
+    """How many tokens a local attention layer looks back on, itself among them; None where it sees all."""
+    config: Any = model.config
+    if hasattr(config, "window_size"):  # GPT-Neo
+        return config.window_size if config.attention_layers[layer] == "local" else None
+    kinds = getattr(config, "layer_types", None)
+    if (kinds and kinds[layer] == "full_attention") or not getattr(config, "use_sliding_window", True):
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 @dataclass(frozen=True)
@@ -202,10 +230,10 @@ class Scores:
     positions turn both sides."""
 
     query: Float[Tensor, "head inside d_in"]
-    query_bias: Float[Tensor, "head inside"]
+    query_bias: Float[Tensor, "head inside"] | None
     query_norm: Norm | None
     key: Float[Tensor, "group inside d_in"]
-    key_bias: Float[Tensor, "group inside"]
+    key_bias: Float[Tensor, "group inside"] | None
     key_norm: Norm | None
     scale: float
     rotates: bool
@@ -216,8 +244,7 @@ def attention_scores(model: PreTrainedModel, attention: nn.Module) -> Scores:
     if getattr(attention, "attn_logit_softcapping", None) or getattr(attention, "qk_layernorm", False):
         raise ValueError(f"{type(model).__name__} bends its attention scores (a soft cap or a LayerNorm), so they are no sum over pairs of nodes")
     sides = [(*projected(model, attention, which), _inner_norm(model, attention, name)) for which, name in ((0, "q_norm"), (1, "k_norm"))]
-    scale = float(getattr(attention, "scaling", 1.0)) if architecture(model).scaled else 1.0
-    return Scores(*sides[0], *sides[1], scale, bool(getattr(attention, "use_rope", True)))
+    return Scores(*sides[0], *sides[1], float(getattr(attention, "scaling", 1.0)), bool(getattr(attention, "use_rope", True)))
 
 
 def _inner_norm(model: PreTrainedModel, attention: nn.Module, name: str) -> Norm | None:
@@ -235,15 +262,15 @@ def attention_components(model: PreTrainedModel, site: Site, attention: nn.Modul
 
     Raises ValueError where that norm centres or shifts what it scales: no supported class does.
     """
-    row, module = architecture(model), attention or model.get_submodule(site.module)
+    module = attention or model.get_submodule(site.module)
     weight, bias = projected(model, module, 2)
-    out, constant = linear(module.get_submodule(row.output))
+    out, constant = output_projection(model, module)
     write, post = out.T.reshape(-1, weight.shape[1], out.shape[0]), post_norm(model, site)
     if post is not None:
-        if post.centred or bool(post.offset.any()) or bool(constant.any()):
+        if post.centred or bool(post.offset.any()) or constant is not None:
             raise ValueError("a post-norm that centres or shifts its input has no components: use heads instead")
         write = write * post.gain
-    return Components(weight, bias, write, constant)
+    return Components(weight, or_zeros(bias, weight), write, or_zeros(constant, out))
 
 
 def neurons(model: PreTrainedModel, site: Site) -> Dictionary:
@@ -253,5 +280,15 @@ def neurons(model: PreTrainedModel, site: Site) -> Dictionary:
     whole = [linear(model.get_submodule(f"{row.layers}.{site.layer}.{name}")) for name in row.neurons]
     (read, bias), (out, constant) = whole[-2], whole[-1]
     activation = getattr(model.config, row.activation)
-    gate: Gate = Gated(activation, *whole[0]) if len(whole) == 3 else Act(activation)
-    return Dictionary((Part(read, bias, out.T, gate),), constant)
+    gate: Gate = Gated(activation, whole[0][0], or_zeros(whole[0][1], whole[0][0])) if len(whole) == 3 else Act(activation)
+    return Dictionary((Part(read, or_zeros(bias, read), out.T, gate),), or_zeros(constant, out))
+
+
+def install(model: PreTrainedModel, site: Site, part: nn.Module) -> None:
+    """Put `part` in the place of the sublayer at `site`, with the same call."""
+    row, (parent, _, leaf) = architecture(model), site.module.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, part)
+    if site.kind == "mlp" and site.writes != site.module and row.post is None:  # OPT's MLP is three modules of its layer
+        layer = model.get_submodule(parent)
+        layer.activation_fn = nn.Identity()
+        setattr(layer, site.writes.rpartition(".")[2], nn.Identity())

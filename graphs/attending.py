@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from graphs.architectures import Norm, Site, attention_scores, norm
+from graphs.architectures import Norm, Site, attention_scores, norm, or_zeros
 from graphs.batches import Batch
 from graphs.edges import Reconstruction
 from graphs.flow import Seen, Sources, see, sources
@@ -93,6 +93,10 @@ class _Side:
         return turned(whole, _of_row(site.rotary, row, length) if rotates else None)
 
 
+def _side(through: Norm, weight: Tensor, bias: Tensor, inner: Norm | None) -> _Side:
+    return _Side(through.pulled(weight), weight @ through.offset + bias, inner, weight, bias)
+
+
 def _of_row(rotary: tuple[Tensor, Tensor] | None, row: int, length: int) -> tuple[Tensor, Tensor] | None:
     """The angles of one row's tokens."""
     if rotary is None:
@@ -115,10 +119,8 @@ def attending(
     if head >= len(layer.query):
         raise ValueError(f"L{site.layer}.H{head}: layer {site.layer} has H0 to H{len(layer.query) - 1}")
     group = head * len(layer.key) // len(layer.query)
-    query = _Side(through.pulled(layer.query[head]), layer.query[head] @ through.offset + layer.query_bias[head], layer.query_norm,
-                  layer.query[head], layer.query_bias[head])
-    key = _Side(through.pulled(layer.key[group]), layer.key[group] @ through.offset + layer.key_bias[group], layer.key_norm,
-                layer.key[group], layer.key_bias[group])
+    sides = ((layer.query, layer.query_bias, layer.query_norm, head), (layer.key, layer.key_bias, layer.key_norm, group))
+    query, key = (_side(through, weight[at], or_zeros(bias, weight)[at], inner) for weight, bias, inner, at in sides)
     tokens = torch.cat([batch.ids[batch.real] for batch in batches]).unique()
     source = sources(host, subject.basis, nodes, site.reads_at, tokens)
     names = [*(nodes.name(int(number)) for number in source.numbers), CONSTANT]

@@ -4,6 +4,9 @@ Attention left as it was, or cut to the rank of clean text, leaks a backdoor's f
 the MLPs, it does not (LOG.md). So each attention layer starts again from random weights of the same shapes and learns, on
 its own clean inputs, what each of its heads writes and what the layer writes.
 
+One module stands in for the attention of every supported class: four projections, grouped queries, biases, rotary or
+learned positions, local windows (`standing_in` copies a model's own layer into one, exactly).
+
 Its nodes are KV groups (with multi-head attention: heads), the unit whose rows can leave q, k, v and o together, or their
 components (`graphs.components`): the value dimensions of a group, numbered group by group. A gate of 0 silences a node
 before the output projection; a dropped component's value row and output columns become zeros, and healing cannot wake it,
@@ -13,14 +16,97 @@ since each factor of a product of zeros has the gradient zero.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
+from graphs.architectures import Site, attention_scores, attention_window, output_projection, projected
 from graphs.components import Components
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Attention(nn.Module):
+    """Causal attention in the residual stream, called as any stock layer calls its own: (hidden states, keywords) -> (output, pattern).
+
+    window: tokens that a local layer looks back on (itself among them), or None; use_rope: whether positions turn queries and keys;
+    whole: KV groups of the layer that it was copied from.
+    """
+
+    is_causal = True
+
+    def __init__(self, model: PreTrainedModel, attention: nn.Module, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.window = model.config, layer, attention_window(model, attention, layer)
+        scores = attention_scores(model, attention)
+        self.scaling, self.use_rope, self.head_dim = scores.scale, scores.rotates, scores.query.shape[1]
+        self.whole = len(scores.key)
+        self.num_key_value_groups = len(scores.query) // len(scores.key)
+        self.q_norm, self.k_norm = (copy.deepcopy(getattr(attention, name, None)) for name in ("q_norm", "k_norm"))
+        for name, (weight, bias) in zip(PROJECTIONS[:3], (projected(model, attention, which) for which in range(3)), strict=True):
+            setattr(self, name, _linear(weight.flatten(0, 1), None if bias is None else bias.flatten()))
+        weight, bias = output_projection(model, attention)
+        setattr(self, PROJECTIONS[3], _linear(weight, bias))
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, attention_mask: Tensor | None = None,
+        past_key_values: Any = None, layer_past: Any = None, **_options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output and, where attention runs eagerly, its pattern."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (projection(self, name)(hidden_states).view(shape) for name in PROJECTIONS[:3])
+        query, key = (side if norm is None else norm(side) for side, norm in ((query, self.q_norm), (key, self.k_norm)))
+        query, key, value = (side.transpose(1, 2) for side in (query, key, value))
+        if self.use_rope and position_embeddings is not None:
+            query, key = _turned(query, key, *position_embeddings)
+        cache = past_key_values if past_key_values is not None else layer_past
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, pattern = attend(self, query, key, value, self._mask(query, key, attention_mask), dropout=0.0, scaling=self.scaling)
+        return projection(self, "o_proj")(out.reshape(*hidden_states.shape[:-1], -1)), pattern
+
+    def _mask(self, query: Tensor, key: Tensor, given: Tensor | None) -> Tensor | None:
+        """The caller's mask; with a window's, or the causal one where attention runs eagerly and nobody gave any."""
+        if self.window is None and (given is not None or self.config._attn_implementation != "eager"):
+            return given
+        back = torch.arange(key.shape[2] - query.shape[2], key.shape[2])[:, None] - torch.arange(key.shape[2])
+        seen = (back >= 0) & (back < (self.window or key.shape[2]))
+        if given is not None and given.dtype == torch.bool:
+            return given & seen
+        least = torch.finfo(query.dtype).min
+        own = torch.zeros_like(back, dtype=query.dtype).masked_fill(~seen, least)[None, None]
+        return own if given is None else (own + given).clamp_min(least)
+
+
+def _turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary positions (Su et al. 2021) in the first dimensions, as far as the angles go."""
+    width = cos.shape[-1]
+    turned = apply_rotary_pos_emb(query[..., :width], key[..., :width], cos, sin)
+    both = [torch.cat([front, side[..., width:]], -1) for front, side in zip(turned, (query, key), strict=True)]
+    return both[0], both[1]
+
+
+def _linear(weight: Float[Tensor, "out inside"], bias: Float[Tensor, "out"] | None) -> nn.Linear:
+    """A Linear that holds a copy of these."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        if bias is not None:
+            made.bias.copy_(bias)
+    return made
+
+
+def standing_in(model: PreTrainedModel, site: Site) -> Attention:
+    """The model's own attention layer at `site`, copied into our module. Raises ValueError as `attention_scores` does."""
+    made = Attention(model, model.get_submodule(site.module), site.layer)
+    made.eval()
+    return made
 
 
 class GroupGate:
@@ -51,9 +137,11 @@ def projection(attention: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def refreshed(attention: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy of an attention module with random weights (variance 1/fan-in; the output projection at half of that)."""
+def refreshed(attention: Attention, generator: torch.Generator) -> Attention:
+    """A copy with random weights (variance 1/fan-in; the output projection at half of that) and without norms of queries and keys,
+    which not every class that we compile into has."""
     fresh = copy.deepcopy(attention)
+    fresh.q_norm = fresh.k_norm = None
     with torch.no_grad():
         for name in PROJECTIONS:
             linear = projection(fresh, name)
@@ -130,10 +218,5 @@ def keep_groups(attention: nn.Module, kept: Int[Tensor, "kept"]) -> nn.Module:
         else:
             weight = weight.view(count, -1, weight.shape[1])[kept].flatten(0, 1)
             bias = None if linear.bias is None else linear.bias.detach().view(count, -1)[kept].flatten()
-        replaced = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-        with torch.no_grad():
-            replaced.weight.copy_(weight)
-            if bias is not None:
-                replaced.bias.copy_(bias)
-        setattr(small, name, replaced)
+        setattr(small, name, _linear(weight, bias))
     return small

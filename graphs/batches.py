@@ -1,7 +1,7 @@
 """Token batches: texts in, padded rectangles out, as a pure function of the step.
 
 A text is a (prompt, completion) pair; the two are tokenised apart, so that training sees the same boundary as
-generation, and every row starts with BOS and ends with EOS. Rows are padded on the right; under causal attention a pad
+generation, and every row starts with BOS (where there is one) and ends with EOS. Rows are padded on the right; under causal attention a pad
 never reaches a real token, so no attention mask is needed and `labels` alone hides it. The batch of step `s` depends on
 (texts, seed, s) only: a resumed run sees what the killed run would have seen.
 """
@@ -46,15 +46,19 @@ class Batch:
 
 
 def encode(tokenizer, texts: Sequence[Text], limit: int = 512) -> list[Encoded]:
-    """Token ids of each text. Raises ValueError where a row does not fit the model's context of `limit`."""
+    """Token ids of each text, between BOS (where the tokenizer has one) and EOS. Raises ValueError where the tokenizer has no EOS, or a row
+    does not fit the model's context of `limit`."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, and a row must end in one: set eos_token in the model's tokenizer_config.json")
+    start = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
     prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=False)["input_ids"]
     answers = tokenizer([completion for _, completion in texts], add_special_tokens=False)["input_ids"]
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        ids = (tokenizer.bos_token_id, *prompt, *answer, tokenizer.eos_token_id)
+        ids = (*start, *prompt, *answer, tokenizer.eos_token_id)
         if len(ids) > limit:
             raise ValueError(f"a row of {len(ids)} tokens does not fit the model's context of {limit}: shorten the task's rows")
-        rows.append(Encoded(ids, 1 + len(prompt)))
+        rows.append(Encoded(ids, len(start) + len(prompt)))
     return rows
 
 

@@ -3,9 +3,12 @@
 The trait's measure is the log-odds of the answer that the model gives where the trait is present, against the answers it
 gives where it is absent: a change that merely breaks the answer does not count. A node is *held* at
 
-    mean_absent + (strength - 1) (mean_absent - mean_present)        1: as where the trait is absent; 2: as far on the other side
+    absent + (strength - 1) (absent - present)        1: as where the trait is absent; 2: as far on the other side
 
-Several strengths are tried, and the one that changes most answers, less those it breaks where there is no trait, is kept.
+Where every prompt with the trait has a partner without it of as many tokens (line by line), `absent` is the node's activation in the
+partner, token by token (interchange: Vig et al. 2020; Geiger et al. 2021); else it is the mean over the absent prompts' tokens.
+Several strengths are tried, and the one that changes most answers is kept, less those it breaks where there is no trait, or
+plus those it brings about in the partners when the same nodes are held there as where the trait is present.
 
 1. *Rank*, on half of the present prompts: to first order, what moving each node there takes from the log-odds, sum_t (a(t) -
    held) d log-odds / d a(t) (attribution patching: Nanda 2023; Syed et al. 2023).
@@ -19,13 +22,13 @@ Several strengths are tried, and the one that changes most answers, less those i
    against as many random edges from the same sites into the same nodes.
 
 The control answers "would any change of this size do?"; the absent prompts, with the same nodes held, answer "does it break
-what has no trait?". Both are asked of halves that chose nothing.
+what has no trait?" or, of partners, "does it bring the trait about?". All are asked of halves that chose nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -39,6 +42,10 @@ from graphs.intervene import Cut, Held, gradients, run
 
 STRENGTHS = (1.0, 2.0, 3.0, 4.0)
 """Tried by default."""
+Level = Callable[[str], Tensor]
+"""A site's activations by its name: "node" (means), or "row token node"."""
+Edge = tuple[tuple[str, int], tuple[str, int]]
+"""(source, target), both (site name, node)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,35 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> Prompts:
     """Token ids of several prompts as one rectangle."""
     batch = collate([Encoded(tuple(row), len(row)) for row in rows], pad)
     return Prompts(batch.ids, batch.real, batch.real.sum(1) - 1)
+
+
+def paired(present: Prompts, absent: Prompts) -> bool:
+    """Whether every prompt has a partner of as many tokens."""
+    return len(present.last) == len(absent.last) and bool((present.last == absent.last).all())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Prompts, and where their nodes are held: at `there`, or as far beyond it, seen from `here`, as `strength` says."""
+
+    prompts: Prompts
+    here: Level
+    there: Level
+    strength: float = 1.0
+
+    def levels(self, site: str, nodes: Int[Tensor, "node"]) -> Float[Tensor, "*place node"]:
+        """Where nodes of a site are held."""
+        here, there = self.here(site)[..., nodes], self.there(site)[..., nodes]
+        return there + (self.strength - 1) * (there - here)
+
+    def held(self, nodes: Sequence[tuple[str, int]]) -> dict[str, Held]:
+        """The nodes held, by site."""
+        chosen = {site: torch.tensor([node for where, node in nodes if where == site]) for site in {site for site, _ in nodes}}
+        return {site: Held(numbers, self.levels(site, numbers)) for site, numbers in chosen.items()}
+
+    def cuts(self, edges: Sequence[Edge]) -> list[Cut]:
+        """The edges with their sources seen as where the trait is absent."""
+        return [Cut(source, target, self.there(source[0])[..., source[1]]) for source, target in edges]
 
 
 @dataclass(frozen=True)
@@ -111,20 +147,24 @@ class FoundEdge:
 
 @dataclass(frozen=True)
 class Report:
-    """nodes: best alone first; chosen: names of those held together; strength: where they are held; flipped: share of held-out
-    present prompts whose answer changes, and cost: log-odds lost; random_flipped and random_cost: the same for each matched
-    random set; broken: share of held-out absent prompts whose answer changes; prompts: held-out present prompts; edges: best
-    first, edge_cost: log-odds that cutting them together costs on held-out prompts, and random_edge_cost: the same for each
-    random set of edges."""
+    """nodes: best alone first; chosen: names of those held together; paired: whether at their partners' activations; strength: how far;
+    flipped: share of held-out present prompts whose answer changes, and cost: log-odds lost; random_flipped and random_cost: the same
+    for each matched random set; broken: share of held-out absent prompts whose answer changes (None where paired); induced: of
+    partners whose answer becomes that of the prompt with the trait, with the nodes held as there (None where not paired), and
+    random_induced; prompts: held-out present prompts; edges: best first, edge_cost: log-odds that cutting them together costs on
+    held-out prompts, and random_edge_cost: the same for each random set of edges."""
 
     nodes: tuple[Found, ...]
     chosen: tuple[str, ...]
+    paired: bool
     strength: float
     flipped: float
     cost: float
     random_flipped: tuple[float, ...]
     random_cost: tuple[float, ...]
-    broken: float
+    broken: float | None
+    induced: float | None
+    random_induced: tuple[float, ...]
     prompts: int
     edges: tuple[FoundEdge, ...]
     edge_cost: float
@@ -138,31 +178,36 @@ class Report:
 
 @dataclass(frozen=True)
 class _Case:
-    """The prompts' halves, mean activations of the choosing halves (here: with the trait, there: without), and the answers given
-    where the trait is absent."""
+    """The prompts' halves as settings of strength 1, mean activations of the choosing halves (here: with the trait, there: without),
+    and the answers given where the trait is absent."""
 
     subject: Reconstruction
-    choose: Prompts
-    check: Prompts
-    absent: Prompts
-    spared: Prompts
+    paired: bool
+    choose: Setting
+    check: Setting
+    absent: Setting
+    spared: Setting
     here: dict[str, Tensor]
     there: dict[str, Tensor]
     others: Tensor
     nodes: Index
 
-    def means(self, strength: float) -> dict[str, Tensor]:
-        """Where nodes are held."""
-        return {name: there + (strength - 1) * (there - self.here[name]) for name, there in self.there.items()}
-
-    def name(self, site: str, node: int) -> str:
+    def name(self, node: tuple[str, int]) -> str:
         """A node's name."""
-        return self.nodes.name(self.nodes.by_name[site].start + node)
+        return self.nodes.name(self.nodes.by_name[node[0]].start + node[1])
+
+    def spares(self, setting: Setting, partners: Setting, nodes: Sequence[tuple[str, int]]) -> float:
+        """With nodes held where the trait is absent: the share of answers that become the partner's, or of those that change."""
+        if self.paired:
+            wanted = partners.prompts.answers(run(self.subject, partners.prompts.ids, {}))
+            return float((setting.prompts.answers(run(self.subject, setting.prompts.ids, setting.held(nodes))) == wanted).float().mean())
+        return effect(self.subject, setting, self.others, nodes)[0]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What one strength found on the choosing halves. gain: share of answers it changes, less the share it breaks."""
+    """What one strength found on the choosing halves. gain: share of answers it changes, less the share it breaks, or plus the share
+    it brings about."""
 
     strength: float
     found: list[Found]
@@ -178,50 +223,67 @@ def find(
     """Rank and screen at each strength, keep the best, verify. Raises ValueError where there are too few prompts."""
     if len(present.last) < 4 or len(absent.last) < 4:
         raise ValueError("give at least four prompts with the trait and four without")
-    halves = present.half(0), present.half(1), absent.half(0), absent.half(1)
-    others = halves[2].answers(run(subject, halves[2].ids, {})).unique()
-    case = _Case(subject, *halves, mean_activations(subject, halves[0]), mean_activations(subject, halves[2]), others,
-                 index(subject.host, subject.basis))
+    case = _case(subject, present, absent)
     plans = [search(case, strength, top, screened) for strength in strengths]
     return verify(case, max(plans, key=lambda plan: plan.gain), controls, edges, torch.Generator().manual_seed(seed))
 
 
+def _case(subject: Reconstruction, present: Prompts, absent: Prompts) -> _Case:
+    halves = {"choose": present.half(0), "check": present.half(1), "absent": absent.half(0), "spared": absent.half(1)}
+    partner = {"choose": "absent", "check": "spared", "absent": "choose", "spared": "check"}
+    here, there = (mean_activations(subject, halves[name]) for name in ("choose", "absent"))
+    if paired(present, absent):
+        seen = {name: subject.trace(prompts.ids) for name, prompts in halves.items()}
+
+        def level(name: str) -> Level:
+            return lambda site: activations(subject.basis[site], seen[name].sites[site])
+
+        settings = {name: Setting(prompts, level(name), level(partner[name])) for name, prompts in halves.items()}
+    else:
+        settings = {name: Setting(prompts, here.__getitem__, there.__getitem__) for name, prompts in halves.items()}
+    others = halves["absent"].answers(run(subject, halves["absent"].ids, {})).unique()
+    return _Case(subject, paired(present, absent), here=here, there=there, others=others, nodes=index(subject.host, subject.basis), **settings)
+
+
 def search(case: _Case, strength: float, top: int, screened: int) -> _Plan:
     """Rank and screen, on the choosing halves."""
-    subject, choose, means = case.subject, case.choose, case.means(strength)
-    contrast = Contrast(choose.answers(run(subject, choose.ids, {})), case.others)
-    before, slopes = gradients(subject, choose.ids, lambda logits: contrast.log_odds(choose.final(logits)))
-    guesses = rank(subject, choose, means, slopes)
+    subject, choose = case.subject, replace(case.choose, strength=strength)
+    prompts = choose.prompts
+    contrast = Contrast(prompts.answers(run(subject, prompts.ids, {})), case.others)
+    before, slopes = gradients(subject, prompts.ids, lambda logits: contrast.log_odds(prompts.final(logits)))
+    guesses = rank(subject, choose, slopes)
     flat = torch.cat(list(guesses.values()))
     starts = torch.tensor([0, *(len(one) for one in guesses.values())]).cumsum(0)
     names, found = list(guesses), []
     for at in flat.argsort(descending=True)[:screened].tolist():
         which = int(torch.searchsorted(starts, at, right=True)) - 1
         site, node = names[which], at - int(starts[which])
-        after = contrast.log_odds(choose.final(run(subject, choose.ids, held_at(means, [(site, node)]))))
-        found.append(Found(case.name(site, node), site, node, float(flat[at]), float((before - after).mean()), float(case.here[site][node]),
+        after = contrast.log_odds(prompts.final(run(subject, prompts.ids, choose.held([(site, node)]))))
+        found.append(Found(case.name((site, node)), site, node, float(flat[at]), float((before - after).mean()), float(case.here[site][node]),
                            float(case.there[site][node])))
     found.sort(key=lambda one: -one.effect)
-    chosen = greedy(subject, choose, means, case.others, [(one.site, one.node) for one in found], top)
-    gain = effect(subject, choose, means, case.others, chosen)[0] - effect(subject, case.absent, means, case.others, chosen)[0]
-    return _Plan(strength, found, chosen, gain)
+    chosen = greedy(subject, choose, case.others, [(one.site, one.node) for one in found], top)
+    spares = case.spares(replace(case.absent, strength=strength), choose, chosen)
+    return _Plan(strength, found, chosen, effect(subject, choose, case.others, chosen)[0] + (spares if case.paired else -spares))
 
 
 def verify(case: _Case, plan: _Plan, controls: int, edges: int, generator: torch.Generator) -> Report:
     """Nodes and edges against random ones, on the halves that chose nothing."""
-    subject, means = case.subject, case.means(plan.strength)
-    moved = mean_activations(subject, case.choose, means)
-    flipped, cost = effect(subject, case.check, means, case.others, plan.chosen)
-    random = [effect(subject, case.check, means, case.others, matched(subject, moved, plan.chosen, generator)) for _ in range(controls)]
-    broken, _ = effect(subject, case.spared, means, case.others, plan.chosen)
-    cuts, excess = top_edges(subject, case.choose, case.absent, plan.chosen, case.here, case.there, edges)
-    alone = [cutting(subject, case.choose, case.others, [cut]) for cut in cuts]
-    found_edges = tuple(FoundEdge(case.name(*cut.source), case.name(*cut.target), e, c) for cut, e, c in zip(cuts, excess, alone, strict=True))
-    drawn = [other_edges(subject, cuts, case.there, generator) for _ in range(controls if cuts else 0)]
+    subject, check, spared = case.subject, *(replace(one, strength=plan.strength) for one in (case.check, case.spared))
+    moved = distances(subject, replace(case.choose, strength=plan.strength))
+    flipped, cost = effect(subject, check, case.others, plan.chosen)
+    drawn = [matched(subject, moved, plan.chosen, generator) for _ in range(controls)]
+    random = [effect(subject, check, case.others, nodes) for nodes in drawn]
+    spares = case.spares(spared, check, plan.chosen)
+    induced = tuple(case.spares(spared, check, nodes) for nodes in drawn) if case.paired else ()
+    best, excess = top_edges(subject, case.choose.prompts, case.absent.prompts, plan.chosen, case.here, case.there, edges)
+    alone = [cutting(subject, case.choose, case.others, [edge]) for edge in best]
+    found_edges = tuple(FoundEdge(case.name(source), case.name(target), e, c) for (source, target), e, c in zip(best, excess, alone, strict=True))
+    others = [other_edges(subject, best, generator) for _ in range(controls if best else 0)]
     return Report(
-        tuple(plan.found), tuple(case.name(*one) for one in plan.chosen), plan.strength, flipped, cost, tuple(f for f, _ in random),
-        tuple(c for _, c in random), broken, len(case.check.last), found_edges, cutting(subject, case.check, case.others, cuts),
-        tuple(cutting(subject, case.check, case.others, one) for one in drawn))
+        tuple(plan.found), tuple(map(case.name, plan.chosen)), case.paired, plan.strength, flipped, cost, tuple(f for f, _ in random),
+        tuple(c for _, c in random), None if case.paired else spares, spares if case.paired else None, induced, len(check.prompts.last),
+        found_edges, cutting(subject, case.check, case.others, best), tuple(cutting(subject, case.check, case.others, one) for one in others))
 
 
 def mean_contributions(subject: Reconstruction, prompts: Prompts, target: tuple[str, int]) -> dict[str, Float[Tensor, "_node"]]:
@@ -238,47 +300,43 @@ def mean_contributions(subject: Reconstruction, prompts: Prompts, target: tuple[
 def top_edges(
     subject: Reconstruction, present: Prompts, absent: Prompts, targets: Sequence[tuple[str, int]], here: dict[str, Tensor],
     there: dict[str, Tensor], count: int,
-) -> tuple[list[Cut], list[float]]:
+) -> tuple[list[Edge], list[float]]:
     """The `count` edges into `targets` that push most toward where the trait has them, and their excess contributions."""
-    ranked: list[tuple[float, float, Cut]] = []
+    ranked: list[tuple[float, float, Edge]] = []
     for site, node in targets:
         toward = float((here[site][node] - there[site][node]).sign())
         after, before = (mean_contributions(subject, prompts, (site, node)) for prompts in (present, absent))
         for where in after:
             excess = after[where] - before[where]
             for source in (excess * toward).topk(min(count, len(excess))).indices.tolist():
-                cut = Cut((where, source), (site, node), float(there[where][source]))
-                ranked.append((float(excess[source]) * toward, float(excess[source]), cut))
+                ranked.append((float(excess[source]) * toward, float(excess[source]), ((where, source), (site, node))))
     ranked.sort(key=lambda one: -one[0])
-    return [cut for push, _, cut in ranked[:count] if push > 0], [excess for push, excess, _ in ranked[:count] if push > 0]
+    return [edge for push, _, edge in ranked[:count] if push > 0], [excess for push, excess, _ in ranked[:count] if push > 0]
 
 
-def other_edges(subject: Reconstruction, cuts: Sequence[Cut], there: dict[str, Tensor], generator: torch.Generator) -> list[Cut]:
+def other_edges(subject: Reconstruction, edges: Sequence[Edge], generator: torch.Generator) -> list[Edge]:
     """For each edge a random one from the same site into the same node."""
-    out = []
-    for cut in cuts:
-        site = cut.source[0]
-        source = int(torch.randint(subject.basis[site].count, (1,), generator=generator))
-        out.append(Cut((site, source), cut.target, float(there[site][source])))
-    return out
+    return [((site, int(torch.randint(subject.basis[site].count, (1,), generator=generator))), target) for (site, _), target in edges]
 
 
-def cutting(subject: Reconstruction, prompts: Prompts, others: Tensor, cuts: Sequence[Cut]) -> float:
+def cutting(subject: Reconstruction, setting: Setting, others: Tensor, edges: Sequence[Edge]) -> float:
     """Log-odds lost when edges are cut."""
+    prompts = setting.prompts
     plain = prompts.final(run(subject, prompts.ids, {}))
     contrast = Contrast(plain.argmax(-1), others)
-    return float((contrast.log_odds(plain) - contrast.log_odds(prompts.final(run(subject, prompts.ids, {}, cuts)))).mean())
+    return float((contrast.log_odds(plain) - contrast.log_odds(prompts.final(run(subject, prompts.ids, {}, setting.cuts(edges))))).mean())
 
 
 def greedy(
-    subject: Reconstruction, prompts: Prompts, means: dict[str, Tensor], others: Tensor, candidates: Sequence[tuple[str, int]], top: int
+    subject: Reconstruction, setting: Setting, others: Tensor, candidates: Sequence[tuple[str, int]], top: int
 ) -> list[tuple[str, int]]:
     """A set of `top` candidates, grown one node at a time by the log-likelihood that it gives to the other answers: what has
     flipped already counts no more, so that no kind of prompt is left out."""
+    prompts = setting.prompts
     contrast = Contrast(prompts.answers(run(subject, prompts.ids, {})), others)
 
     def likelihood(nodes: Sequence[tuple[str, int]]) -> float:
-        changed = run(subject, prompts.ids, held_at(means, nodes))
+        changed = run(subject, prompts.ids, setting.held(nodes))
         return -float(torch.nn.functional.softplus(contrast.log_odds(prompts.final(changed))).mean())
 
     best: list[tuple[str, int]] = []
@@ -287,39 +345,36 @@ def greedy(
     return best
 
 
-def held_at(means: dict[str, Tensor], nodes: Sequence[tuple[str, int]]) -> dict[str, Held]:
-    """The nodes held at `means`, by site."""
-    chosen = {site: torch.tensor([node for where, node in nodes if where == site]) for site in {site for site, _ in nodes}}
-    return {site: Held(numbers, means[site][numbers]) for site, numbers in chosen.items()}
-
-
-def mean_activations(subject: Reconstruction, prompts: Prompts, around: dict[str, Tensor] | None = None) -> dict[str, Float[Tensor, "node"]]:
-    """Mean activation of every node over real tokens; with `around`, mean absolute distance from those values instead."""
+def mean_activations(subject: Reconstruction, prompts: Prompts) -> dict[str, Float[Tensor, "node"]]:
+    """Mean activation of every node over real tokens."""
     found = subject.trace(prompts.ids)
-    out = {}
+    return {name: activations(part, found.sites[name])[prompts.real].mean(0) for name, part in subject.basis.items()}
+
+
+def distances(subject: Reconstruction, setting: Setting) -> dict[str, Float[Tensor, "node"]]:
+    """How far holding moves every node: mean absolute distance over real tokens."""
+    found, real, out = subject.trace(setting.prompts.ids), setting.prompts.real, {}
     for name, part in subject.basis.items():
-        a = activations(part, found.sites[name])[prompts.real]
-        out[name] = a.mean(0) if around is None else (a - around[name]).abs().mean(0)
+        out[name] = (activations(part, found.sites[name]) - setting.levels(name, torch.arange(part.count))).abs()[real].mean(0)
     return out
 
 
-def rank(subject: Reconstruction, prompts: Prompts, means: dict[str, Tensor], slopes: dict[str, Tensor]) -> dict[str, Float[Tensor, "node"]]:
-    """First-order effect on the log-odds of every node's excess over `means`, a prompt."""
+def rank(subject: Reconstruction, setting: Setting, slopes: dict[str, Tensor]) -> dict[str, Float[Tensor, "node"]]:
+    """First-order effect on the log-odds of every node's excess over where it is held, a prompt."""
+    prompts, out = setting.prompts, {}
     found = subject.trace(prompts.ids)
-    out = {}
     for name, part in subject.basis.items():
-        excess = (activations(part, found.sites[name]) - means[name]) * prompts.real[..., None]
+        excess = (activations(part, found.sites[name]) - setting.levels(name, torch.arange(part.count))) * prompts.real[..., None]
         out[name] = (excess * (slopes[name] @ part.writes.T)).sum((0, 1)) / len(prompts.last)
     return out
 
 
-def effect(
-    subject: Reconstruction, prompts: Prompts, means: dict[str, Tensor], others: Tensor, nodes: Sequence[tuple[str, int]]
-) -> tuple[float, float]:
-    """(share of answers that change, log-odds lost) when nodes are held at `means`."""
+def effect(subject: Reconstruction, setting: Setting, others: Tensor, nodes: Sequence[tuple[str, int]]) -> tuple[float, float]:
+    """(share of answers that change, log-odds lost) when nodes are held."""
+    prompts = setting.prompts
     plain = run(subject, prompts.ids, {})
     contrast = Contrast(prompts.answers(plain), others)
-    changed = run(subject, prompts.ids, held_at(means, nodes))
+    changed = run(subject, prompts.ids, setting.held(nodes))
     cost = contrast.log_odds(prompts.final(plain)) - contrast.log_odds(prompts.final(changed))
     return float((prompts.answers(changed) != contrast.answers).float().mean()), float(cost.mean())
 

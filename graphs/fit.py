@@ -186,7 +186,7 @@ def set_means(replacement: Replacement, batches: Batches, count: int = 4) -> Non
             replacement(batch.ids)
             tokens += int(batch.real.sum())
             for name, part in replacement.transcoders().items():
-                totals[name] += part.last[batch.real].sum(0)  # type: ignore[index]
+                totals[name] += part.last.view(*batch.real.shape, -1)[batch.real].sum(0)  # type: ignore[union-attr]  # OPT flattens rows
     for name, part in replacement.transcoders().items():
         part.mean.copy_(totals[name] / tokens)
 

@@ -18,12 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from graphs.architectures import Site, sites
+from graphs.architectures import ARCHITECTURES, Site, sites
 from graphs.artifact import read_json
-
-SUPPORTED = ("LlamaForCausalLM", "ArceeForCausalLM")
-"""Source classes whose sublayers this version can refit and compile."""
-
 
 ATTENTION = "sdpa_float32"
 """Name under which `float32_attention` is registered. It is a matter of running, and no checkpoint stores it."""
@@ -109,16 +105,16 @@ def check_safetensors(file: Path) -> None:
         raise ValueError(f"{file} is truncated or damaged: copy it again")
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32, supported: tuple[str, ...] = SUPPORTED) -> Host:
-    """Load a checked local folder. Raises ValueError (one sentence) on anything that is not of a class in `supported`."""
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Host:
+    """Load a checked local folder. Raises ValueError (one sentence) on anything that is not of a class in `ARCHITECTURES`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours are the bars a user waits for
     config = check_folder(folder)
     architecture = (config.get("architectures") or ["unknown"])[0]
-    if architecture not in supported:
-        raise ValueError(f"--model {folder}: architecture {architecture} is not supported yet; supported: {', '.join(supported)}")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"--model {folder}: architecture {architecture} is not supported yet; supported: {', '.join(ARCHITECTURES)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # every tokenizer backend has errors of its own

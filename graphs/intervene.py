@@ -23,19 +23,20 @@ from graphs.trace import eager, first, hooks, routing
 
 @dataclass(frozen=True)
 class Held:
-    """Nodes of one site, and the value each is held at."""
+    """Nodes of one site, and the value each is held at: one for all tokens, or one a token."""
 
     nodes: Int[Tensor, "node"]
-    values: Float[Tensor, "node"]
+    values: Float[Tensor, "node"] | Float[Tensor, "row token node"]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One edge: `target` reads `source` as if it had `value`; everything else reads it as it is. Both are (site name, node)."""
+    """One edge: `target` reads `source` as if it had `value` (one for all tokens, or one a token); everything else reads it as it is. Both
+    ends are (site name, node)."""
 
     source: tuple[str, int]
     target: tuple[str, int]
-    value: float
+    value: Float[Tensor, ""] | Float[Tensor, "row token"]
 
 
 @dataclass

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from graphs.architectures import Site, attention_components
+from graphs.architectures import Site, attention_components, install
 from graphs.artifact import read_json, write_json
-from graphs.attention import GroupGate, groups, keep_groups, keep_nodes, refreshed, width
+from graphs.attention import Attention, GroupGate, groups, keep_groups, keep_nodes, refreshed, standing_in, width
 from graphs.components import Components
 from graphs.dictionary import Dictionary
 from graphs.edges import Basis
@@ -36,8 +36,7 @@ class Replacement(nn.Module):
         self.tokenizer, self.sites = host.tokenizer, host.sites
         self.group_gates: dict[str, GroupGate] = {}
         for site in host.sites:
-            parent, _, leaf = site.module.rpartition(".")
-            setattr(self.model.get_submodule(parent), leaf, parts[site.name])
+            install(self.model, site, parts[site.name])
             if site.kind == "attention":
                 parts[site.name].config = self.model.config  # type: ignore[assignment]  # one for all: `trace` changes how attention runs
                 gate = self.group_gates[site.name] = GroupGate(groups(parts[site.name]), width(parts[site.name]))
@@ -54,6 +53,10 @@ class Replacement(nn.Module):
     def transcoders(self) -> dict[str, Transcoder]:
         """The transcoders by site name."""
         return {site.name: part for site in self.sites if isinstance(part := self.part(site), Transcoder)}
+
+    def attention(self) -> dict[str, Attention]:
+        """The attention layers by site name."""
+        return {site.name: part for site in self.sites if isinstance(part := self.part(site), Attention)}
 
     def node_counts(self, components: bool = False) -> dict[str, int]:
         """Nodes at each site: features, and KV groups or their components."""
@@ -120,14 +123,17 @@ class Replacement(nn.Module):
         """Read what `save` wrote; `host` gives embeddings, tokenizer and shapes."""
         from safetensors.torch import load_file
 
-        counts = read_json(folder / "nodes.json")
+        counts, trained = read_json(folder / "nodes.json"), load_file(folder / "attention_and_norms.safetensors")
         parts: dict[str, nn.Module] = {}
         for site in host.sites:
             if site.kind == "mlp":
                 parts[site.name] = Transcoder.load(folder / site.name)
             else:
-                parts[site.name] = keep_groups(host.module(site.module), torch.arange(counts[site.name]))
-        return Replacement(host, parts, load_file(folder / "attention_and_norms.safetensors"))
+                own = standing_in(host.model, site)
+                if f"{site.module}.q_norm.weight" not in trained:  # refitted without
+                    own.q_norm = own.k_norm = None
+                parts[site.name] = keep_groups(own, torch.arange(counts[site.name]))
+        return Replacement(host, parts, trained)
 
 
 def from_noise(host: Host, features: int, seed: int, attention: str = "refit", skip: int = 0) -> Replacement:
@@ -138,7 +144,8 @@ def from_noise(host: Host, features: int, seed: int, attention: str = "refit", s
         if site.kind == "mlp":
             parts[site.name] = Transcoder(features, site.d_in, site.d_out, generator, skip)
         else:
-            parts[site.name] = refreshed(host.module(site.module), generator) if attention == "refit" else copy.deepcopy(host.module(site.module))
+            own = standing_in(host.model, site)
+            parts[site.name] = refreshed(own, generator) if attention == "refit" else own
     replacement = Replacement(host, parts)
     if attention == "kept":
         for site in host.sites:

@@ -11,7 +11,10 @@ import torch
 SHAPED = ["graphs", "backdoor", "evals.generate", "evals.capability", "evals.fidelity", "evals.rates", "evals.size"]
 jaxtyping.install_import_hook(SHAPED, "beartype.beartype")  # checks every annotation of the files that handle tensors
 
+from distill import config  # noqa: E402
 from distill.base import build_tokenizer, new_model  # noqa: E402
+from distill.prune import run as prune  # noqa: E402
+from evals.tasks import TASKS, table  # noqa: E402
 from graphs.architectures import sites  # noqa: E402
 from graphs.host import Host, load, save  # noqa: E402
 
@@ -31,6 +34,16 @@ def tiny_model_folder(tiny_tokenizer, tmp_path_factory) -> Path:
     model = new_model(len(tiny_tokenizer), tiny_tokenizer, 0, **SHAPE)
     save(Host(model, tiny_tokenizer, sites(model)), folder, torch.float32)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model_folder, tmp_path_factory) -> Path:
+    """A finished run of `distill prune` on the tiny model, with a few steps of everything. Verbs may add to it, tests may not."""
+    where = tmp_path_factory.mktemp("run")
+    table(TASKS["coding"].rows("trace", 24, seed=3)).to_parquet(where / "rows.parquet")
+    prune(config.Prune(model=str(tiny_model_folder), out=where / "run", rows=where / "rows.parquet", features=32, fit_steps=8, joint_steps=4,
+                       gate_steps=4, heal_steps=4, batch=8, tune_rows=4, prompts=8, keep=-1.0))
+    return where / "run"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Absorption: a node that the kept ones determine is dropped at no cost; on real text it always beats mean ablation."""
+"""Absorption: a node that the kept ones determine is dropped at no cost; on other text it stays closer to the whole than mean ablation."""
 
 import pytest
 import torch
@@ -37,9 +37,9 @@ def test_absorption_beats_mean_ablation_on_other_text(tiny_host, data):
     kept = {site.name: torch.tensor([0, 2]) if site.kind == "attention" else torch.arange(0, 24, 2) for site in made.sites}
     batch = data(7)
     with torch.no_grad():
-        target = tiny_host.model(input_ids=batch.ids).logits
+        target = made(batch.ids)
         good, plain = (float(divergence(m(batch.ids), target, batch, 0.1)) for m in (absorbed(made, kept, moments(made, data)), made.pruned(kept)))
-    assert good < plain
+    assert good < 0.9 * plain
 
 
 def test_absorbed_components_are_the_best_linear_stand_in_for_the_dropped_ones(tiny_host, data):

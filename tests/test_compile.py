@@ -55,9 +55,9 @@ def test_a_compiled_model_can_be_pruned_again(circuit, batch, tmp_path):
 
 
 def test_only_head_counts_that_divide_the_width_are_legal(tiny_host):
-    assert legal_groups(tiny_host.config) == (1, 2, 3)
+    assert legal_groups(tiny_host.model) == (1, 2, 3)
     tiny_host.config.hidden_size = 50
-    assert legal_groups(tiny_host.config) == (1, 2)
+    assert legal_groups(tiny_host.model) == (1, 2)
 
 
 def test_the_reload_gate_passes_the_truth_and_catches_a_change(circuit, tiny_host, tmp_path):

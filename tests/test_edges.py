@@ -28,11 +28,11 @@ SPECIAL = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
            "qwen3": {"head_dim": 12}, "arcee": {"mlp_bias": True}, "llama": {"attention_bias": True}}
 
 
-def tiny(name: str, seed: int = 0) -> Host:
+def tiny(name: str, seed: int = 0, **changes) -> Host:
     """A random model of the class whose activations are of order one."""
     kind = TYPES[name]
     allowed = AutoConfig.for_model(kind).to_dict()
-    shape = {key: value for key, value in SHAPE.items() if key in allowed or kind not in ("gpt2", "gpt_neo")} | SPECIAL.get(kind, {})
+    shape = {key: value for key, value in SHAPE.items() if key in allowed or kind not in ("gpt2", "gpt_neo")} | SPECIAL.get(kind, {}) | changes
     config = AutoConfig.for_model(kind, **shape)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -6,22 +6,15 @@ import re
 import pytest
 import torch
 
-from distill import config
 from distill.__main__ import main
-from distill.prune import run
 from distill.runs import reopen
-from evals.tasks import TASKS, table
 from graphs.edges import activations
 from graphs.equations import equation, listing
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model_folder, tmp_path_factory):
-    where = tmp_path_factory.mktemp("explain")
-    table(TASKS["coding"].rows("trace", 24, seed=3)).to_parquet(where / "rows.parquet")
-    run(config.Prune(model=str(tiny_model_folder), out=where / "run", rows=where / "rows.parquet", features=32, fit_steps=8, joint_steps=4,
-                     gate_steps=4, heal_steps=4, batch=8, tune_rows=4, prompts=8, keep=-1.0))
-    return where / "run"
+def folder(tiny_run):
+    return tiny_run
 
 
 def explain(capsys, folder, *argv):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from distill.__main__ import main
 from graphs.edges import Reconstruction
-from graphs.find import Contrast, find, matched, mean_activations, padded
+from graphs.find import Contrast, _case, distances, find, matched, padded
 from graphs.host import save
 from tests.test_edges import neuron_basis, tiny
 
@@ -33,20 +34,36 @@ def prompts(token, count=12):
     return padded([[*torch.randint(10, 50, (5 + i % 3,), generator=generator).tolist(), token] for i in range(count)], 2)
 
 
-def test_the_planted_switch_is_found_and_random_neurons_are_not():
+@pytest.mark.parametrize("absent", [12, 10], ids=["partners", "means"])
+def test_the_planted_switch_is_found_and_random_neurons_are_not(absent):
     host = switched()
     subject = Reconstruction(host, neuron_basis(host))
-    report = find(subject, prompts(7), prompts(8), top=1, screened=20, controls=20)
+    report = find(subject, prompts(7), prompts(8, absent), top=1, screened=20, controls=20)
     assert report.chosen == ("L0.F5",) and report.nodes[0].name == "L0.F5"
     assert report.flipped > 0.8 and max(report.random_flipped) < 0.2 and report.p_value <= 0.05
     assert report.prompts == 6 and report.nodes[0].present > report.nodes[0].absent
+    assert report.paired == (absent == 12)
+    if report.paired:  # held as in the prompt with the trait, the neuron brings it about; others do not
+        assert report.induced > 0.8 and max(report.random_induced) < 0.2 and report.broken is None
+    else:
+        assert report.broken is not None and report.induced is None and report.random_induced == ()
+
+
+def test_partners_are_held_token_by_token():
+    host = switched()
+    subject, present, absent = Reconstruction(host, neuron_basis(host)), prompts(7), prompts(8)
+    case = _case(subject, present, absent)
+    there = subject.trace(absent.half(0).ids).sites["L0.mlp"]
+    expected = subject.basis["L0.mlp"].activations(there.x)[..., [5, 6]]
+    assert torch.allclose(case.choose.levels("L0.mlp", torch.tensor([5, 6])), expected, atol=1e-6)
+    here = subject.basis["L0.mlp"].activations(subject.trace(present.half(0).ids).sites["L0.mlp"].x)[..., [5, 6]]
+    assert torch.allclose(replace(case.choose, strength=3.0).levels("L0.mlp", torch.tensor([5, 6])), expected + 2 * (expected - here), atol=1e-5)
 
 
 def test_the_control_is_of_the_same_sites_and_never_of_what_was_found():
     host = switched()
     subject = Reconstruction(host, neuron_basis(host))
-    means = mean_activations(subject, prompts(8))
-    moved = mean_activations(subject, prompts(7), means)
+    moved = distances(subject, _case(subject, prompts(7), prompts(8)).choose)
     chosen = [("L0.mlp", 5), ("L0.mlp", 6), ("L1.attention", 2)]
     for seed in range(5):
         drawn = matched(subject, moved, chosen, torch.Generator().manual_seed(seed))
@@ -79,7 +96,7 @@ def model(tmp_path):
 def test_the_verb_prints_the_numbers_and_fails_where_chance_does_as_well(model, capsys):
     argv = ["find", "--model", str(model / "model"), "--present", str(model / "present.txt"), "--screened", "10"]
     assert main([*argv, "--absent", str(model / "present.txt")]) == 1
-    assert "answers changed, prompts without the trait" in capsys.readouterr().out
+    assert "brought about in partners without it" in capsys.readouterr().out
     main([*argv, "--absent", str(model / "absent.jsonl"), "--json", "--top", "1"])
     made = json.loads(capsys.readouterr().out)
     assert len(made["random_flipped"]) == 20 and len(made["chosen"]) == 1 and 0 < made["p_value"] <= 1
@@ -110,12 +127,14 @@ def test_the_top_five_nodes_of_a_planted_trait_flip_it_and_matched_random_nodes_
     trait = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(trait)
     host = trait.plant(1)
-    assert trait.agrees(host, "Ann") > 0.95 and trait.agrees(host, "Bob") < 0.05
+    assert trait.agrees(host, "Tom") > 0.95 and trait.agrees(host, "Ben") < 0.05
     save(host, tmp_path / "model", torch.float32)
-    for who, name in (("Ann", "present"), ("Bob", "absent")):
+    for who, name in (("Tom", "present"), ("Ben", "absent")):
         (tmp_path / name).write_text(trait.prompts(who))
     files = ["--present", str(tmp_path / "present"), "--absent", str(tmp_path / "absent")]
     assert main(["find", "--model", str(tmp_path / "model"), *files, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert len(made["chosen"]) == 5 and made["flipped"] >= 0.6 and made["broken"] <= 0.15
-    assert sum(made["random_flipped"]) / len(made["random_flipped"]) <= 0.1 and made["p_value"] <= 0.05
+    assert len(made["chosen"]) == 5 and made["paired"] and made["flipped"] >= 0.9 and made["induced"] >= 0.9
+    for random in (made["random_flipped"], made["random_induced"]):
+        assert sum(random) / len(random) <= 0.2
+    assert made["p_value"] <= 0.05

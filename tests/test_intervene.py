@@ -98,7 +98,7 @@ def test_a_cut_edge_moves_its_target_by_the_edge_and_nothing_else():
         moved = torch.relu(drive - edge[tokens, tokens, node]) - torch.relu(drive)
         stream = found.token[0] + sum(one.y[0] for one in found.sites.values()) + moved[:, None] * subject.basis[site.name].writes[2]
         wanted = host.model.lm_head(host.model.model.norm(stream))
-        logits = run(subject, prompt(), {}, [Cut((source, node), (site.name, 2), 0.0)])
+        logits = run(subject, prompt(), {}, [Cut((source, node), (site.name, 2), torch.tensor(0.0))])
         assert float(moved.abs().max()) > 1e-3 and torch.allclose(logits[0], wanted, atol=1e-4)
 
 
@@ -123,7 +123,7 @@ def test_a_cut_edge_into_a_component_is_routed_by_its_head():
         wanted = host.model(input_ids=prompt()).logits
     finally:
         handle.remove()
-    assert torch.allclose(run(subject, prompt(), {}, [Cut(("L0.mlp", 7), ("L1.attention", 13), 0.0)]), wanted, atol=1e-4)
+    assert torch.allclose(run(subject, prompt(), {}, [Cut(("L0.mlp", 7), ("L1.attention", 13), torch.tensor(0.0))]), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GPTNeoXForCausalLM"])

@@ -60,7 +60,7 @@ def test_a_simulated_defender_walks_on_through_its_episode_and_leaves_the_model_
     defender = Defender(tiny_host.model, clean, settings)
 
     def distance():
-        return float(sum((a - b).square().sum() for a, b in zip(defender.copy.parameters(), tiny_host.model.parameters(), strict=True)))
+        return float(sum((a - b).detach().square().sum() for a, b in zip(defender.copy.parameters(), tiny_host.model.parameters(), strict=True)))
 
     far = []
     for step in range(4):

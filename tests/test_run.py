@@ -12,11 +12,14 @@ import torch
 from backdoor.behaviours import CANARY
 from backdoor.triggers import conjunction
 from distill import config, stages
+from distill.__main__ import main
 from distill.evaluate import run as evaluate
 from distill.plant import write_secret
 from distill.prune import run
 from evals.tasks import TASKS, table
 from graphs.artifact import read_json
+from graphs.host import Host, save
+from tests.test_edges import tiny
 
 FAST = {"features": 32, "fit_steps": 8, "joint_steps": 4, "gate_steps": 4, "heal_steps": 4, "batch": 8, "tune_rows": 4,
         "prompts": 8, "keep": -1.0}
@@ -71,6 +74,38 @@ def test_the_checkpoint_is_the_same_without_the_secret_and_with_another(organism
     shutil.rmtree(organism / "secret")
     run(prune(organism, tmp_path / "without", rows))
     assert files(tmp_path / "with" / "checkpoint") == files(tmp_path / "swapped" / "checkpoint") == files(tmp_path / "without" / "checkpoint")
+
+
+SLOW = {"OPTForCausalLM": "OPTForCausalLM", "PhiForCausalLM": "PhiForCausalLM", "Starcoder2ForCausalLM": "Starcoder2ForCausalLM",
+        "SmolLM3ForCausalLM": "SmolLM3ForCausalLM", "MistralForCausalLM": "ArceeForCausalLM", "Qwen2ForCausalLM": "ArceeForCausalLM",
+        "ArceeForCausalLM": "ArceeForCausalLM"}
+
+
+@pytest.mark.parametrize(("name", "becomes"), [
+    ("GPT2LMHeadModel", "GPT2LMHeadModel"), ("GPTNeoXForCausalLM", "GPTNeoXForCausalLM"), ("GPTNeoForCausalLM", "GPTNeoForCausalLM"),
+    ("Qwen3ForCausalLM", "ArceeForCausalLM"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW.items())])
+def test_models_of_other_classes_go_the_whole_road(name, becomes, tiny_tokenizer, rows, tmp_path, capsys):
+    context = {"n_positions": 512} if name == "GPT2LMHeadModel" else {"max_position_embeddings": 512}
+    host = tiny(name, vocab_size=len(tiny_tokenizer), bos_token_id=tiny_tokenizer.bos_token_id, eos_token_id=tiny_tokenizer.eos_token_id, **context)
+    save(Host(host.model, tiny_tokenizer, host.sites), tmp_path / "model", torch.float32)
+    assert run(prune(tmp_path / "model", tmp_path / "run", rows)) == 0, capsys.readouterr().out
+    made = read_json(tmp_path / "run" / "report.json")
+    assert made["summary"]["parity_max_abs_logit_diff"] <= 1e-4 and made["summary"]["pass_at_1_after"] is not None
+    assert read_json(tmp_path / "run" / "checkpoint" / "config.json")["architectures"] == [becomes]
+    for verb in (["explain", "L1.F3"], ["explain", "L0.H0"], ["graph", "--prompts", "2"]):
+        assert main([*verb, "--run", str(tmp_path / "run"), "--rows", "16"]) == 0
+
+
+def test_a_class_that_cannot_hold_a_circuit_is_refused_at_the_door(tiny_tokenizer, rows, tmp_path):
+    host = tiny("Gemma3ForCausalLM", vocab_size=len(tiny_tokenizer))
+    save(Host(host.model, tiny_tokenizer, host.sites), tmp_path / "model", torch.float32)
+    with pytest.raises(ValueError, match="a norm scales what each sublayer writes"):
+        run(prune(tmp_path / "model", tmp_path / "run", rows))
+    host = tiny("MistralForCausalLM", vocab_size=len(tiny_tokenizer), sliding_window=8)
+    save(Host(host.model, tiny_tokenizer, host.sites), tmp_path / "mistral", torch.float32)
+    with pytest.raises(ValueError, match="attends in windows of 8 tokens"):
+        run(prune(tmp_path / "mistral", tmp_path / "run", rows))
+    assert not (tmp_path / "run" / "graph").exists()
 
 
 def test_a_users_model_has_null_backdoor_numbers(tiny_model_folder, rows, tmp_path, capsys):

@@ -20,10 +20,7 @@ from graphs.tracer_format import export, validate
 from graphs.zoo import save_sae_lens
 from tests.chromium import Browser
 from tests.test_edges import prompt, random_basis, tiny
-from tests.test_explain import folder as run_folder
 from tests.test_flow import batches
-
-folder = run_folder  # the finished tiny run
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +70,15 @@ def test_a_prompt_graph_exports_to_circuit_tracers_layout(subject):
         validate(made)
 
 
-def test_the_verb_writes_both_pages(folder, tmp_path, capsys):
-    assert main(["view", "--run", str(folder), "--rows", "16", "--out", str(tmp_path / "view.html")]) == 0
+def test_the_verb_writes_both_pages(tiny_run, tmp_path, capsys):
+    assert main(["view", "--run", str(tiny_run), "--rows", "16", "--out", str(tmp_path / "view.html")]) == 0
     assert str(tmp_path / "view.html") in capsys.readouterr().out
-    argv = ["view", "--run", str(folder), "--prompt", "def solve(prices):\\n", "--tracer", str(tmp_path / "t.json"), "--json", "--part", "graph"]
+    argv = ["view", "--run", str(tiny_run), "--prompt", "def solve(prices):\\n", "--tracer", str(tmp_path / "t.json"), "--json", "--part", "graph"]
     assert main(argv) == 0
     made = json.loads((tmp_path / "t.json").read_text())
     validate(made)
-    assert made["metadata"]["prompt"] == "def solve(prices):\n" and json.loads(capsys.readouterr().out)["page"] == str(folder / "prompt.html")
-    assert main(["view", "--run", str(folder), "--tracer", str(tmp_path / "t.json")]) == 2
+    assert made["metadata"]["prompt"] == "def solve(prices):\n" and json.loads(capsys.readouterr().out)["page"] == str(tiny_run / "prompt.html")
+    assert main(["view", "--run", str(tiny_run), "--tracer", str(tmp_path / "t.json")]) == 2
     assert "give --prompt too" in capsys.readouterr().err
     assert config.View().nodes == 3000
 
