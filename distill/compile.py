@@ -7,6 +7,7 @@ A ReLU transcoder *is* a stock MLP (a direction of a linear skip is two units of
     llama      LlamaForCausalLM    0, 1             w_enc, b_enc    w_dec', b_dec     (1.5x the MLP parameters, runs more widely)
     own        the source's        w_enc, b_enc     (0, 1: SmolLM3) w_dec', b_dec     with its activation set to relu
 
+The neuron basis compiles into the source's own class as it is, with fewer neurons (`own`, its only target).
 Sources without a home for biases move: Mistral, Qwen2 and Qwen3 become Arcee or Llama (Qwen3's norms of queries and keys are not
 refitted). `auto` takes Arcee where the source can move there, else the source's own class. Kept KV groups are the rows left in
 q, k, v and the columns left in o where the class lets head counts shrink at a fixed head width; elsewhere dropped heads are zeros.
@@ -28,12 +29,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graphs.architectures import FUSED, LLAMA_VALUES, architecture, heads, sites
+from graphs.architectures import FUSED, LLAMA_VALUES, Site, architecture, heads, linear, sites
 from graphs.attention import Attention, groups, projection, width
 from graphs.batches import Batch
 from graphs.host import Host
+from graphs.neurons import Neurons
 from graphs.replace import Replacement
-from graphs.transcoder import Transcoder, of_dictionary
+from graphs.transcoder import of_dictionary
 
 Target = Literal["auto", "arcee", "llama", "own"]
 LLAMA_LIKE = ("LlamaForCausalLM", "ArceeForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -42,12 +44,16 @@ WIDTHS = {"GPT2LMHeadModel": "n_inner", "OPTForCausalLM": "ffn_dim"}
 """What a class calls the width of its MLPs, where not intermediate_size."""
 
 
-def home(model: PreTrainedModel, target: Target) -> str:
+def home(model: PreTrainedModel, target: Target, neurons: bool = False) -> str:
     """The class that a model's circuits compile into. Raises ValueError, with the reason and the way out, where there is none."""
     source, config = type(model).__name__, model.config
     if architecture(model).post is not None:
         raise ValueError(f"{source}: a norm scales what each sublayer writes, and no stock class holds a transcoder's output behind it; "
                          "its graph can be read (distill view, distill find), not compiled")
+    if neurons:
+        if target not in ("auto", "own"):
+            raise ValueError(f"--target {target}: neurons keep their activation, and live in the model's own class only; give --target own")
+        return source
     if target == "auto":
         target = "arcee" if source in LLAMA_LIKE else "own"
     if target == "own":
@@ -71,73 +77,85 @@ def windowed(config: Any) -> bool:
     return window is not None and local and window < config.max_position_embeddings
 
 
-def legal_groups(model: PreTrainedModel, target: Target = "auto") -> tuple[int, ...]:
+def legal_groups(model: PreTrainedModel, target: Target = "auto", neurons: bool = False) -> tuple[int, ...]:
     """KV group counts that the compiled class can store, smallest first: those with hidden size % attention heads == 0 in Arcee and
     Llama, which have a head width of their own; all of them in classes that derive it from the head count."""
     config, attention = model.config, model.get_submodule(sites(model)[0].module)
     whole = attention.whole if isinstance(attention, Attention) else heads(model, attention)[0]
-    if home(model, target) not in ("ArceeForCausalLM", "LlamaForCausalLM"):
+    if home(model, target, neurons) not in ("ArceeForCausalLM", "LlamaForCausalLM"):
         return (whole,)
     repeat = config.num_attention_heads // whole
     return tuple(g for g in range(1, whole + 1) if config.hidden_size % (g * repeat) == 0)
 
 
-def compile_circuit(circuit: Replacement, target: Target = "auto") -> Host:
-    """The dense stock model that computes what `circuit` computes. Raises ValueError where a width has no legal home."""
-    name = home(circuit.model, target)
-    mlps = {site: of_dictionary(part.dictionary()) for site, part in circuit.transcoders().items()}
-    wide = max(part.features for part in mlps.values())
+def shaped(circuit: Replacement, target: Target = "auto") -> Host:
+    """An empty stock model of the class and shapes that hold `circuit`. Raises ValueError where a width has no legal home."""
+    neurons = any(isinstance(part, Neurons) for part in circuit.transcoders().values())
+    wide = max(part.features + 2 * part.skip for part in circuit.transcoders().values())
     needed = max(count for site, count in circuit.node_counts().items() if site.endswith("attention"))
-    kv = min((g for g in legal_groups(circuit.model, target) if g >= needed), default=None)
+    kv = min((g for g in legal_groups(circuit.model, target, neurons) if g >= needed), default=None)
     if kv is None:
         raise ValueError(f"{needed} KV groups fit no head count that divides the width {circuit.model.config.hidden_size}: keep more or fewer heads")
-    model = _empty(circuit, name, kv, wide)
-    replaced = tuple(f"{path}." for site in circuit.sites for path in (site.module, site.writes))
-    state = {key: value for key, value in circuit.model.state_dict().items() if not key.startswith(replaced)}
-    for site, there in zip(circuit.sites, sites(model), strict=True):
-        part = circuit.part(site)
-        state |= _attention(part, model, there.module, kv) if isinstance(part, Attention) else _mlp(mlps[site.name], model, there.layer, wide)
-    model.load_state_dict(state, strict=True)
+    model = _empty(circuit, home(circuit.model, target, neurons), kv, wide, neurons)
     model.eval()
     return Host(model, circuit.tokenizer, sites(model))
 
 
-def _empty(circuit: Replacement, name: str, kv: int, wide: int) -> Any:
+def compile_circuit(circuit: Replacement, target: Target = "auto") -> Host:
+    """The dense stock model that computes what `circuit` computes. Raises ValueError where a width has no legal home."""
+    made = shaped(circuit, target)
+    replaced = tuple(f"{path}." for site in circuit.sites for path in (site.module, site.writes))
+    state = {key: value for key, value in circuit.model.state_dict().items() if not key.startswith(replaced)}
+    for site, there in zip(circuit.sites, made.sites, strict=True):
+        part = circuit.part(site)
+        state |= _attention(part, made.model, there.module) if isinstance(part, Attention) else _mlp(part, made.model, there)
+    made.model.load_state_dict(state, strict=True)
+    return made
+
+
+def _empty(circuit: Replacement, name: str, kv: int, wide: int, neurons: bool) -> Any:
     """A model of the class with the source's shapes, but for heads and the width of MLPs."""
     import transformers
 
     source, model_class = circuit.model.config, getattr(transformers, name)
-    if name == type(circuit.model).__name__ and name not in ("ArceeForCausalLM", "LlamaForCausalLM"):
-        config = copy.deepcopy(source)
-        config.update({WIDTHS.get(name, "intermediate_size"): wide, architecture(circuit.model).activation: "relu"})
-        if hasattr(config, "mlp_bias"):
-            config.mlp_bias = True
-        return model_class._from_config(config, dtype=torch.float32)
-    carried = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters",
-               "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range")
     one = next(iter(circuit.attention().values()))
-    biased = any(linear.bias is not None for linear in one.children() if isinstance(linear, nn.Linear))
-    config = model_class.config_class(
-        **{key: copy.deepcopy(getattr(source, key)) for key in carried}, hidden_act="relu", mlp_bias=True, attention_bias=biased,
-        intermediate_size=wide, num_attention_heads=kv * one.num_key_value_groups, num_key_value_heads=kv, head_dim=width(one))
+    shapes: dict[str, Any] = {WIDTHS.get(name, "intermediate_size"): wide}
+    if name in ("ArceeForCausalLM", "LlamaForCausalLM"):
+        shapes |= {"num_attention_heads": kv * one.num_key_value_groups, "num_key_value_heads": kv, "head_dim": width(one)}
+    if not neurons:
+        shapes[architecture(circuit.model).activation] = "relu"
+        if hasattr(source, "mlp_bias") or name in ("ArceeForCausalLM", "LlamaForCausalLM"):
+            shapes["mlp_bias"] = True
+    if name == type(circuit.model).__name__:
+        config = copy.deepcopy(source)
+        config.update(shapes)
+    else:
+        biased = any(linear.bias is not None for linear in one.children() if isinstance(linear, nn.Linear))
+        carried = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+                   "rope_parameters", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range")
+        config = model_class.config_class(**{key: copy.deepcopy(getattr(source, key)) for key in carried}, **shapes, attention_bias=biased)
     return model_class._from_config(config, dtype=torch.float32)
 
 
-def _mlp(part: Transcoder, model: Any, layer: int, wide: int) -> dict[str, Tensor]:
-    """A ReLU transcoder as the neurons of a layer of `model`."""
-    row = architecture(model)
-    *gate, up, down = (f"{row.layers}.{layer}.{name}" for name in row.neurons)
+def _mlp(part: Any, model: Any, there: Site) -> dict[str, Tensor]:
+    """A transcoder as ReLU units, or neurons as they are, as the MLP at a site of `model`."""
+    row, part = architecture(model), part if isinstance(part, Neurons) else of_dictionary(part.dictionary())
+    *gate, up, down = (f"{row.layers}.{there.layer}.{name}" for name in row.neurons)
+    wide = linear(model.get_submodule(up))[0].shape[0]
     encoder, bias = _padded(part.w_enc.detach(), wide, 0), _padded(part.b_enc.detach(), wide, 0)
     held = {down: (_padded(part.w_dec.detach(), wide, 0).T.contiguous(), part.b_dec.detach()), up: (encoder, bias)}
-    if gate:
+    if isinstance(part, Neurons) and part.w_gate is not None and part.b_gate is not None:
+        held[gate[0]] = (_padded(part.w_gate.detach(), wide, 0), _padded(part.b_gate.detach(), wide, 0))
+    elif gate:
         held |= {gate[0]: (encoder, bias), up: (torch.zeros_like(encoder), torch.ones(wide))}
     return {key: value for path, (weight, shift) in held.items() for key, value in _as_stored(model, path, weight, shift).items()}
 
 
-def _attention(part: Attention, model: Any, path: str, kv: int) -> dict[str, Tensor]:
+def _attention(part: Attention, model: Any, path: str) -> dict[str, Tensor]:
     """Our attention as a layer of `model`."""
-    row, ratio = architecture(model), kv / groups(part)
-    if part.q_norm is not None:
+    row, ratio = architecture(model), heads(model, model.get_submodule(path))[0] / groups(part)
+    normed = part.q_norm is not None
+    if normed and not hasattr(model.get_submodule(path), "q_norm"):
         raise ValueError(f"{type(model).__name__} has no norms of queries and keys, and this circuit kept the model's own: give --attention refit")
     sides = []
     for name in ("q_proj", "k_proj", "v_proj"):
@@ -151,7 +169,8 @@ def _attention(part: Attention, model: Any, path: str, kv: int) -> dict[str, Ten
     else:
         held[row.values] = (_together([weight for weight, _ in sides], row.values, width(part)),
                             None if sides[0][1] is None else _together([bias for _, bias in sides if bias is not None], row.values, width(part)))
-    return {key: value for name, (weight, shift) in held.items() for key, value in _as_stored(model, f"{path}.{name}", weight, shift).items()}
+    state = {f"{path}.{key}": value for key, value in part.state_dict().items() if key.startswith(("q_norm", "k_norm"))}
+    return state | {key: value for name, (weight, shift) in held.items() for key, value in _as_stored(model, f"{path}.{name}", weight, shift).items()}
 
 
 def _together(sides: list[Tensor], kind: str, wide: int) -> Tensor:

@@ -30,6 +30,8 @@ class Fit:
     """Batches of the end-to-end fit (all sites swapped in)."""
     sparsity: float = 2e-3
     """Weight of the sparsity penalty."""
+    basis: Literal["features", "neurons"] = "features"
+    """What stands for MLPs: sparse transcoders fitted from noise, or the model's own neurons, pruned but not refitted."""
     skip: int = 0
     """Rank of a linear skip in each transcoder (never pruned; compiles into two units a rank)."""
     attention: Literal["refit", "kept"] = "refit"
@@ -48,6 +50,12 @@ class Prune(Fit):
     """Share of each task's metric that the smallest circuit must keep, on tune and in the report; by default .98 of one task's, .95 of several."""
     target_params: int | None = None
     """Instead of --keep: stored parameters (embeddings apart) of the checkpoint."""
+    target_ratio: float | None = None
+    """Instead of --keep: the same as a share of the model's own, such as .5."""
+    target_memory: float | None = None
+    """Instead of --keep: MB that all weights take in float32, embeddings included."""
+    target_nodes: int | None = None
+    """Instead of --keep: nodes in the circuit (features, and heads or components)."""
     target: Literal["auto", "arcee", "llama", "own"] = "auto"
     """Class of the checkpoint: Arcee, Llama with relu (1.5x the MLP parameters, runs more widely), or the model's own with relu; auto:
     Arcee where the model can move there, else its own."""
@@ -72,6 +80,11 @@ class Prune(Fit):
     def share(self) -> float:
         """The share to keep: `keep`, or its default for as many tasks as are named."""
         return self.keep if self.keep is not None else 0.95 if "," in self.task else 0.98
+
+    @property
+    def budget(self) -> tuple[str, float] | None:
+        """The budget's flag and limit, where the circuit is chosen by size."""
+        return next(((name, value) for name in BUDGETS if (value := getattr(self, name)) is not None), None)
 
     @property
     def healing(self) -> int:
@@ -222,10 +235,12 @@ class Plant:
     """Seed of everything random."""
 
 
+BUDGETS = ("target_params", "target_ratio", "target_memory", "target_nodes")
+"""Flags that choose the circuit by its size; at most one, and not beside --keep."""
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_steps": 0,
          "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
-         "judged": 32}
+         "judged": 32, "target_params": 1, "target_nodes": 1}
 """Smallest value of each numeric field that has one."""
 
 
@@ -239,8 +254,11 @@ def check(verb: Any) -> None:
         share = getattr(verb, name, None)
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"--{name} {share:g}: give a share above 0 and up to 1")
-    if getattr(verb, "keep", None) is not None and getattr(verb, "target_params", None) is not None:
-        raise ValueError("--keep and --target-params exclude each other: give the share to keep or the size, not both")
+    if getattr(verb, "basis", None) == "neurons" and verb.skip:
+        raise ValueError("--skip belongs to --basis features: neurons are the MLP itself")
+    given = [f"--{name.replace('_', '-')}" for name in ("keep", *BUDGETS) if getattr(verb, name, None) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other: give the share to keep or one size, not both")
 
 
 def from_mapping(verb: type, values: dict[str, Any], where: str) -> dict[str, Any]:

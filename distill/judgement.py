@@ -84,7 +84,7 @@ def gates(numbers: dict, verb: config.Prune) -> list[dict]:
         return {"name": name, "value": value, "bound": f"{sign} {bound:.4g}", "passed": passed}
 
     found = [gate("parity, max |logit difference|", numbers["parity_max_abs_logit_diff"], "<=", 1e-4)]
-    if verb.target_params is None:
+    if verb.budget is None:
         found.append(gate("retention", numbers["retention"], ">=", verb.share))
     if numbers["attack_success_after"] is not None:
         found.append(gate("attack success", numbers["attack_success_after"], "<=", PAYLOADS))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from distill import config
+from distill.budget import affordable, check, stored
 from distill.compile import compile_circuit, home, legal_groups, parity, reload_gate
 from distill.rows import batches, tune_rows
 from evals.capability import answers, grade
@@ -36,7 +37,7 @@ from graphs.canonical import canonical
 from graphs.fit import FitConfig, distill, fit, quality, set_means
 from graphs.host import Host, load, save
 from graphs.prune import PruneConfig, Size, family, kept_nodes, learn_gates, within
-from graphs.replace import Replacement
+from graphs.replace import Replacement, from_noise
 from graphs.targets import Targets
 from graphs.train import discard
 
@@ -67,9 +68,13 @@ class Job:
 
 
 def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task], verb: config.Fit) -> Job:
-    """Load the model and tokenise the rows. Raises ValueError where no class could hold the circuit."""
+    """Load the model and tokenise the rows. Raises ValueError where no class could hold the circuit, or none is as small as asked."""
     host = load(model)
-    home(host.model, verb.target if isinstance(verb, config.Prune) else "auto")
+    home(host.model, verb.target if isinstance(verb, config.Prune) else "auto", verb.basis == "neurons")
+    if isinstance(verb, config.Prune):
+        settings = fit_settings(verb)
+        start = from_noise(host, settings.features, settings.seed, settings.attention, settings.skip, settings.basis)
+        check(start, verb, parameters(host.model).stored)
     data, rows = batches(host, texts, verb.batch, verb.seed)
     return Job(host, texts, data, Targets(host, data), rows, tasks, verb.out, verb)
 
@@ -89,7 +94,7 @@ def road(job: Job, model: Path, verb: config.Prune, times: list[dict]) -> dict[s
 def fit_settings(verb: config.Fit) -> FitConfig:
     """The fit's settings from the flags."""
     return FitConfig(features=verb.features, local_steps=verb.fit_steps, joint_steps=verb.joint_steps, sparsity=verb.sparsity,
-                     attention=verb.attention, skip=verb.skip, seed=verb.seed)
+                     attention=verb.attention, skip=verb.skip, basis=verb.basis, seed=verb.seed)
 
 
 def graph_stage(job: Job, model: Path) -> dict:
@@ -184,7 +189,8 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
                 "kept": {name: kept.tolist() for name, kept in chosen.kept.items()}, "nodes": replacement.node_counts(),
                 "seconds": time.monotonic() - started}
 
-    key = digest(gated["key"], verb.share, verb.target_params, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN)
+    becomes = home(job.host.model, verb.target, verb.basis == "neurons")
+    key = digest(gated["key"], verb.share, verb.budget, becomes, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN)
     state = job.work / f"heal-{key}"
     receipt, cached = stage(job.folder / "circuit", key, make)
     discard(state)
@@ -225,21 +231,24 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
         healed = Healed(size, kept, circuit, {name: share for name, (share, _) in found.items()}, certain, before + losses)
         said = ", ".join(f"{name} {share:.3f} +- {error:.3f}" for name, (share, error) in found.items())
         print(f"{label}: keeps {said} of the model's own on tune; asked {verb.share:.3f}", file=sys.stderr)
-        curve.append({**asdict(size), "params": parameters(circuit.model).stored, "retention": healed.retention})
+        curve.append({**asdict(size), "params": stored(circuit, verb.target).stored, "retention": healed.retention})
         return healed
 
     def passes(healed: Healed) -> bool:
         return healed.certain >= verb.share
 
-    sizes = family(replacement, legal_groups(job.host.model, verb.target), components)
-    rungs, start = ladder(sizes, replacement, order, gate_settings(verb).target, verb.target_params)
+    sizes = family(replacement, legal_groups(job.host.model, verb.target, verb.basis == "neurons"), components)
+    if verb.budget is None:
+        rungs, start = ladder(sizes, gate_settings(verb).target)
+    else:
+        rungs, start = [affordable(replacement, order, sizes, verb, parameters(job.host.model).stored)], 0
     found = moments(replacement, job.data)
     for place in range(start, len(rungs)):
         kept = kept_nodes(order, rungs[place])
         best = heal(rungs[place], kept, absorbed(replacement, kept, found, components), verb.healing, [])
         if passes(best):
             break
-    if passes(best) and place == start and verb.target_params is None:
+    if passes(best) and place == start and verb.budget is None:
         for size in reversed(rungs[:start]):
             then = kept_nodes(within(order, best.kept), size)
             inside = {name: relabelled(now, then[name], size.per if name.endswith("attention") else 1) for name, now in best.kept.items()}
@@ -252,14 +261,8 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
     return best, sorted(curve, key=lambda entry: entry["params"])
 
 
-def ladder(sizes: Sequence[Size], replacement: Replacement, order: dict, target: float, budget: int | None) -> tuple[list[Size], int]:
-    """The rungs, smallest first, and where to start: the largest rung within `target`, or the one size that a budget allows."""
-    if budget is not None:
-        small = (replacement.pruned(kept_nodes(order, size), size.components is not None) for size in sizes)
-        affordable = [size for size, circuit in zip(sizes, small, strict=True) if parameters(circuit.model).stored <= budget]
-        if not affordable:
-            raise ValueError(f"--target-params {budget}: even the smallest circuit is larger; ask for more")
-        return [affordable[0]], 0
+def ladder(sizes: Sequence[Size], target: float) -> tuple[list[Size], int]:
+    """The rungs, smallest first, and where to start: the largest rung within `target`."""
     rungs = sorted({next((size for size in sizes if size.share <= rung + 1e-9), sizes[-1]) for rung in RUNGS}, key=lambda size: size.features)
     return rungs, max((place for place, size in enumerate(rungs) if size.share <= target), default=0)
 

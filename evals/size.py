@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
 import torch
@@ -38,13 +38,22 @@ class Size:
 
 def parameters(model: nn.Module) -> Size:
     """The size of a Hugging Face model."""
+    return replace(held(model), live=sum(int(torch.count_nonzero(p)) for p in _body(model)[0]))
+
+
+def held(model: nn.Module) -> Size:
+    """The size by shapes alone, so that a model on the meta device has one; live is what is stored."""
+    body, tables = _body(model)
+    stored = sum(p.numel() for p in body)
+    return Size(stored, stored, sum(p.numel() for p in tables), sum(p.numel() * p.element_size() for p in (*body, *tables)))
+
+
+def _body(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters, embedding tables apart; a tied tensor once."""
     ends = [end.weight for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]  # type: ignore[operator]
     tables = {id(weight): weight for weight in ends}
     body = [p for p in model.parameters() if id(p) not in tables]  # parameters() yields a tied tensor once
-    held = [*body, *tables.values()]
-    return Size(
-        stored=sum(p.numel() for p in body), live=sum(int(torch.count_nonzero(p)) for p in body),
-        embeddings=sum(p.numel() for p in tables.values()), bytes=sum(p.numel() * p.element_size() for p in held))
+    return body, list(tables.values())
 
 
 def speed(hosts: Mapping[str, Host], prompts: Sequence[str], new_tokens: int = 64, repeats: int = 5) -> dict[str, list[float]]:

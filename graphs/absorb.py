@@ -6,7 +6,8 @@ one solve a site: with C the covariance of node activations on clean tokens, kep
     a_D ~ mean_D + (a_K - mean_K) B,   B = (C_KK + ridge)^-1 C_KD,   w_dec_K += B w_dec_D,   b_dec -= mean_K B w_dec_D
 
 (the closed form behind Optimal Brain Surgeon, Hassibi and Stork 1993, for the layer's own output). For attention the
-activations are the columns of the output projection; it has no bias, so second moments take the covariance's place.
+activations are the columns of the output projection; where there is no bias to hold a mean (there, and in MLPs of bias-free
+classes), second moments take the covariance's place.
 """
 
 from __future__ import annotations
@@ -88,7 +89,10 @@ def absorbed(
         others[columns] = False
         if not others.any():
             continue
-        if isinstance(whole, Transcoder) and isinstance(part, Transcoder):
+        if isinstance(whole, Transcoder) and isinstance(part, Transcoder) and not part.folds:
+            b = _regress(moment.second[columns][:, columns], moment.second[columns][:, others])
+            part.w_dec.add_(b @ whole.w_dec[others])
+        elif isinstance(whole, Transcoder) and isinstance(part, Transcoder):
             covariance = moment.second - moment.mean[:, None] * moment.mean
             moved = _regress(covariance[columns][:, columns], covariance[columns][:, others]) @ whole.w_dec[others]
             part.w_dec.add_(moved)

@@ -284,6 +284,12 @@ def neurons(model: PreTrainedModel, site: Site) -> Dictionary:
     return Dictionary((Part(read, or_zeros(bias, read), out.T, gate),), or_zeros(constant, out))
 
 
+def mlp_biased(model: PreTrainedModel, site: Site) -> bool:
+    """Whether the MLP at `site` has biases."""
+    row = architecture(model)
+    return any(linear(model.get_submodule(f"{row.layers}.{site.layer}.{name}"))[1] is not None for name in row.neurons)
+
+
 def install(model: PreTrainedModel, site: Site, part: nn.Module) -> None:
     """Put `part` in the place of the sublayer at `site`, with the same call."""
     row, (parent, _, leaf) = architecture(model), site.module.rpartition(".")

@@ -137,11 +137,12 @@ def projection(attention: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def refreshed(attention: Attention, generator: torch.Generator) -> Attention:
-    """A copy with random weights (variance 1/fan-in; the output projection at half of that) and without norms of queries and keys,
-    which not every class that we compile into has."""
+def refreshed(attention: Attention, generator: torch.Generator, norms: bool = False) -> Attention:
+    """A copy with random weights (variance 1/fan-in; the output projection at half of that) and, unless `norms`, without norms of
+    queries and keys, which not every class that we compile into has."""
     fresh = copy.deepcopy(attention)
-    fresh.q_norm = fresh.k_norm = None
+    if not norms:
+        fresh.q_norm = fresh.k_norm = None
     with torch.no_grad():
         for name in PROJECTIONS:
             linear = projection(fresh, name)

@@ -31,6 +31,7 @@ from graphs.attention import GroupGate
 from graphs.batches import Batch
 from graphs.host import Host
 from graphs.losses import SURE, divergence, fvu
+from graphs.neurons import Neurons
 from graphs.replace import Replacement, from_noise
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
@@ -43,7 +44,8 @@ Batches = Callable[[int], Batch]
 class FitConfig:
     """features: a layer; sparsity: weight of the penalty; prompt_weight: weight in KL of positions that predict prompt
     tokens (1 for those of the completion); anchor: weight of the local loss beside KL; attention: "refit" from noise or "kept"
-    (ablation); skip: rank of each transcoder's linear skip."""
+    (ablation); skip: rank of each transcoder's linear skip; basis: "features" (transcoders) or "neurons", the model's own, which
+    stay as they are: then attention alone is fitted."""
 
     features: int = 512
     local_steps: int = 400
@@ -55,13 +57,14 @@ class FitConfig:
     anchor: float = 0.05
     skip: int = 0
     attention: str = "refit"
+    basis: str = "features"
     seed: int = 0
 
 
 def fit(targets: Targets, config: FitConfig, state: Path | None = None) -> tuple[Replacement, dict[str, list[float]]]:
     """The replacement of `targets.host` fitted on `targets.batches`, and the losses of both steps."""
     host, batches = targets.host, targets.batches
-    replacement = from_noise(host, config.features, config.seed, config.attention, config.skip)
+    replacement = from_noise(host, config.features, config.seed, config.attention, config.skip, config.basis)
     spread = _start_at_means(host, replacement, batches)
 
     def local(batch: Batch) -> Tensor:
@@ -86,7 +89,7 @@ def _start_at_means(host: Host, replacement: Replacement, batches: Batches) -> d
         y = found.outputs[site.name][batch.real]
         spread[site.name] = float((y - y.mean(0)).square().sum(-1).mean().sqrt())
         part = replacement.part(site)
-        if isinstance(part, Transcoder):
+        if isinstance(part, Transcoder) and not isinstance(part, Neurons):
             part.b_dec.copy_(y.mean(0))
             part.w_dec.mul_(spread[site.name] / part.w_dec.norm(dim=1).mean() / part.features**0.5)
     return spread
@@ -102,8 +105,10 @@ def local_loss(host: Host, replacement: Replacement, batch: Batch, config: FitCo
     """FVU of every site on the host's own inputs, and the sparsity penalty. To be called while the replacement is watched."""
     found, total = record(host, batch.ids), torch.zeros(())
     for site in replacement.sites:
-        total = total + fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
         part = replacement.part(site)
+        if isinstance(part, Neurons):
+            continue
+        total = total + fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
         if isinstance(part, Transcoder):
             size = part.last[batch.real] * (part.w_dec.norm(dim=1) / spread[site.name] * config.features**0.5 / 4)  # type: ignore[index]
             total = total + config.sparsity * torch.tanh(size).sum(-1).mean()
@@ -132,7 +137,7 @@ def rebirth(host: Host, replacement: Replacement, sample: Sequence[Batch]) -> di
     reborn = {}
     for site in replacement.sites:
         part = replacement.part(site)
-        if not isinstance(part, Transcoder):
+        if not isinstance(part, Transcoder) or isinstance(part, Neurons):
             continue
         x = torch.cat([one.inputs[site.name][batch.real] for one, batch in zip(found, sample, strict=True)])
         y = torch.cat([one.outputs[site.name][batch.real] for one, batch in zip(found, sample, strict=True)])
@@ -188,7 +193,7 @@ def set_means(replacement: Replacement, batches: Batches, count: int = 4) -> Non
             for name, part in replacement.transcoders().items():
                 totals[name] += part.last.view(*batch.real.shape, -1)[batch.real].sum(0)  # type: ignore[union-attr]  # OPT flattens rows
     for name, part in replacement.transcoders().items():
-        part.mean.copy_(totals[name] / tokens)
+        part.mean.copy_(totals[name] / tokens if part.folds else torch.zeros_like(part.mean))
 
 
 @torch.no_grad()
@@ -204,7 +209,7 @@ def quality(host: Host, replacement: Replacement, batches: Batches, count: int =
             for site in host.sites:
                 sums[site.name].append(float(fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)))
                 if site.name in active:
-                    active[site.name] += (replacement.part(site).last[batch.real] > 0).sum(0)  # type: ignore[index]
+                    active[site.name] += (replacement.part(site).last[batch.real] != 0).sum(0)  # type: ignore[index]
             tokens += int(batch.real.sum())
             logits = replacement(batch.ids)
             kl.append(float(divergence(logits, found.logits, batch, 0.0)))  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from graphs.components import Components
 from graphs.dictionary import Dictionary
 from graphs.edges import Basis
 from graphs.host import Host
+from graphs.neurons import Neurons, read_mlp
 from graphs.transcoder import Transcoder
 
 
@@ -127,7 +128,7 @@ class Replacement(nn.Module):
         parts: dict[str, nn.Module] = {}
         for site in host.sites:
             if site.kind == "mlp":
-                parts[site.name] = Transcoder.load(folder / site.name)
+                parts[site.name] = read_mlp(folder / site.name)
             else:
                 own = standing_in(host.model, site)
                 if f"{site.module}.q_norm.weight" not in trained:  # refitted without
@@ -136,19 +137,18 @@ class Replacement(nn.Module):
         return Replacement(host, parts, trained)
 
 
-def from_noise(host: Host, features: int, seed: int, attention: str = "refit", skip: int = 0) -> Replacement:
-    """A replacement with random transcoders (skip: rank of their linear skips) and, unless attention is "kept", random attention layers."""
+def from_noise(
+    host: Host, features: int, seed: int, attention: str = "refit", skip: int = 0, basis: str = "features"
+) -> Replacement:
+    """A replacement with random transcoders (skip: rank of their linear skips) or, with basis "neurons", the host's own neurons; and,
+    unless attention is "kept", random attention layers. What is the host's own is frozen."""
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, nn.Module] = {}
     for site in host.sites:
         if site.kind == "mlp":
-            parts[site.name] = Transcoder(features, site.d_in, site.d_out, generator, skip)
+            parts[site.name] = Neurons.of(host.model, site).requires_grad_(False) if basis == "neurons" else Transcoder(
+                features, site.d_in, site.d_out, generator, skip)
         else:
             own = standing_in(host.model, site)
-            parts[site.name] = refreshed(own, generator) if attention == "refit" else own
-    replacement = Replacement(host, parts)
-    if attention == "kept":
-        for site in host.sites:
-            if site.kind == "attention":
-                replacement.part(site).requires_grad_(False)
-    return replacement
+            parts[site.name] = own.requires_grad_(False) if attention == "kept" else refreshed(own, generator, norms=basis == "neurons")
+    return Replacement(host, parts)

@@ -47,6 +47,11 @@ class Transcoder(nn.Module):
         return self.w_enc.shape[0]
 
     @property
+    def folds(self) -> bool:
+        """Whether a dropped feature's mean may move into the output bias."""
+        return True
+
+    @property
     def skip(self) -> int:
         """Rank of the linear skip."""
         return 0 if self.skip_in is None else len(self.skip_in)

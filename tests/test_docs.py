@@ -51,12 +51,27 @@ def road(name: str, tmp_path: Path) -> list[str]:
         save(compiled, tmp_path / name / target, torch.float32)
         worst = parity(small, load(tmp_path / name / target), Batch(ids, real, real))
         said.append(f"`{where}`" if worst <= 1e-5 else "broken")
-    return said[:1] + ["yes" if one.startswith("`") else one for one in said[1:]]
+    return [*said[:1], *("yes" if one.startswith("`") else one for one in said[1:]), neurons_back(host, tmp_path / name / "neurons")]
+
+
+def neurons_back(host, folder: Path) -> str:
+    """Whether a circuit of the class's own neurons is, after a reload, a model of the class."""
+    try:
+        home(host.model, "auto", neurons=True)
+    except ValueError:
+        return "-"
+    whole = from_noise(host, 0, 0, basis="neurons")
+    small = whole.pruned({site.name: torch.tensor([0]) if site.kind == "attention" else torch.arange(5, 30) for site in whole.sites})
+    compiled = compile_circuit(small)
+    save(compiled, folder, torch.float32)
+    real = torch.ones_like(prompt(), dtype=torch.bool)
+    same = type(compiled.model) is type(host.model) and parity(small, load(folder), Batch(prompt(), real, real)) <= 1e-5
+    return "yes" if same else "broken"
 
 
 def test_the_table_of_architectures(tmp_path):
     rows = [["class", "block", "norm", "edges proven", "own neurons, no error", "attention components, no error", "compiles into",
-             "arcee", "llama", "own"]]
+             "arcee", "llama", "own", "own neurons"]]
     for name in ARCHITECTURES:
         host = tiny(name)
         gaps = prove(host, random_basis(host), 20)

@@ -96,6 +96,16 @@ def test_models_of_other_classes_go_the_whole_road(name, becomes, tiny_tokenizer
         assert main([*verb, "--run", str(tmp_path / "run"), "--rows", "16"]) == 0
 
 
+@pytest.mark.parametrize("nodes", ["heads", "components"])
+def test_the_neuron_basis_goes_the_whole_road_into_the_models_own_class(nodes, tiny_model_folder, rows, tmp_path, capsys):
+    assert run(prune(tiny_model_folder, tmp_path / "run", rows, basis="neurons", attention_nodes=nodes)) == 0, capsys.readouterr().out
+    made, shape = (read_json(tmp_path / "run" / name) for name in ("report.json", "checkpoint/config.json"))
+    assert shape["architectures"] == ["LlamaForCausalLM"] and shape["hidden_act"] == "silu" and shape["intermediate_size"] < 96
+    assert made["summary"]["parity_max_abs_logit_diff"] <= 1e-4
+    assert all(site["fvu"] < 1e-6 for site in made["fit"]["sites"] if site["name"].endswith("mlp"))
+    assert main(["explain", "L1.F3", "--run", str(tmp_path / "run"), "--rows", "16"]) == 0
+
+
 def test_a_class_that_cannot_hold_a_circuit_is_refused_at_the_door(tiny_tokenizer, rows, tmp_path):
     host = tiny("Gemma3ForCausalLM", vocab_size=len(tiny_tokenizer))
     save(Host(host.model, tiny_tokenizer, host.sites), tmp_path / "model", torch.float32)
@@ -143,10 +153,11 @@ def test_several_tasks_are_kept_together_and_a_parameter_budget_is_met(organism,
     assert made["summary"]["params_after"] <= 40_000 and made["dropped"] == [] and set(made["models"]["checkpoint"]["tasks"]) == set(TASKS)
 
 
-def test_an_impossible_budget_is_refused_and_leaves_no_circuit(organism, rows, tmp_path):
-    with pytest.raises(ValueError, match="even the smallest circuit is larger"):
-        run(prune(organism, tmp_path / "run", rows, target_params=10))
-    assert not (tmp_path / "run" / "circuit").exists() and not list((tmp_path / "run").glob(".circuit*"))
+def test_an_impossible_budget_is_refused_before_the_fit(organism, rows, tmp_path):
+    for budget in ({"target_params": 10}, {"target_ratio": 1e-4}, {"target_memory": 1e-3}, {"target_nodes": 1}):
+        with pytest.raises(ValueError, match="even the smallest circuit costs"):
+            run(prune(organism, tmp_path / "run", rows, **budget, keep=None))
+        assert not (tmp_path / "run" / "graph").exists()  # refused before anything is fitted
 
 
 def test_fit_alone_prints_the_quality_of_every_site(organism, rows, tmp_path, capsys):
