@@ -29,10 +29,20 @@ SKIPS = (0, 16)
 COLOURS = ("#1769aa", "#b3401f")
 
 
+def across(l0: float) -> float:
+    """Place of an L0, from 8 to 256."""
+    return 60 + 380 * math.log2(l0 / 8) / 5
+
+
+def up(fvu: float) -> float:
+    """Place of a FVU, from 4 to 16 %."""
+    return 250 - 210 * math.log2(fvu / 0.04) / 2
+
+
 def drawing(rows: list[dict], chosen: float) -> str:
     """FVU against L0 as SVG, both on logarithmic axes; the default sparsity is filled."""
     def place(row: dict) -> tuple[float, float]:
-        return 60 + 380 * math.log2(row["l0"] / 4) / 6, 250 - 210 * math.log2(row["fvu"] / 0.002) / 6
+        return across(row["l0"]), up(row["fvu"])
 
     lines = []
     for skip, colour in zip(SKIPS, COLOURS, strict=True):
@@ -44,9 +54,8 @@ def drawing(rows: list[dict], chosen: float) -> str:
         x, y = points[-1]
         lines.append(f'<text x="{x:.1f}" y="{y - 8 + 24 * (skip > 0):.1f}" fill="{colour}" text-anchor="end">'
                      f'{f"with a skip of rank {skip}" if skip else "no skip"}</text>')
-    lines += [f'<text x="{60 + 380 * math.log2(l0 / 4) / 6:.0f}" y="268" text-anchor="middle">{l0}</text>' for l0 in (4, 8, 16, 32, 64, 128, 256)]
-    lines += [f'<text x="52" y="{254 - 210 * math.log2(fvu / 0.002) / 6:.0f}" text-anchor="end">{fvu:.1%}</text>'
-              for fvu in (0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128)]
+    lines += [f'<text x="{across(l0):.0f}" y="268" text-anchor="middle">{l0}</text>' for l0 in (8, 16, 32, 64, 128, 256)]
+    lines += [f'<text x="52" y="{up(fvu) + 4:.0f}" text-anchor="end">{fvu:.0%}</text>' for fvu in (0.04, 0.05, 0.06, 0.08, 0.1, 0.13, 0.16)]
     return ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 460 290" font-family="system-ui, sans-serif" font-size="12" fill="#555">'
             + "".join(lines) + '<text x="250" y="286" text-anchor="middle">L0, mean over layers</text><text x="60" y="28">FVU</text></svg>\n')
 

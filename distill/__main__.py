@@ -17,6 +17,7 @@ VERBS = {
     "fit": (config.Fit, "distill.prune"),
     "evaluate": (config.Evaluate, "distill.evaluate"),
     "graph": (config.Graph, "distill.graph"),
+    "curve": (config.Curve, "distill.curve"),
     "explain": (config.Explain, "distill.explain"),
     "view": (config.View, "distill.view"),
     "find": (config.Find, "distill.find"),

@@ -61,8 +61,10 @@ class Prune(Fit):
     Arcee where the model can move there, else its own."""
     attention_nodes: Literal["heads", "components"] = "heads"
     """What is gated and dropped of attention: whole heads, or the components of heads one by one (a dropped one is stored as zeros)."""
+    score: Literal["fisher", "attribution", "integrated", "relp", "frequency", "activation", "random"] = "fisher"
+    """What ranks nodes before gates are learned from there (distill curve compares them)."""
     gate_steps: int = 80
-    """Batches of gate training."""
+    """Batches of gate training (0: the score alone ranks the nodes)."""
     heal_steps: int | None = None
     """Batches of healing (0: none); by default 1000 for one task, 2000 for several."""
     heal_decay: float = 0.7
@@ -161,6 +163,24 @@ class Graph(Flow):
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Compare scores by how much of a task the best nodes carry: faithfulness and KL from none of a run's nodes to all, nothing healed."""
+
+    run: Path = Path("runs/default")
+    """Run folder."""
+    score: str = "gates,relp,integrated,attribution,fisher,activation,frequency,random"
+    """Scores to compare, by name; gates: those that the run learned."""
+    judged: int = 192
+    """Rows of each task's tune split."""
+    score_batches: int = 12
+    """Batches of clean rows that scores are taken on."""
+    seed: int = 0
+    """Seed of the random score."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
 class Explain(Flow):
     """Print what one node of a run computes (distill explain L2.F117), what a head looks for (L1.H2), or the circuit as a program (--listing)."""
 
@@ -240,7 +260,7 @@ BUDGETS = ("target_params", "target_ratio", "target_memory", "target_nodes")
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_steps": 0,
          "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
-         "judged": 32, "target_params": 1, "target_nodes": 1}
+         "judged": 32, "target_params": 1, "target_nodes": 1, "score_batches": 1}
 """Smallest value of each numeric field that has one."""
 
 

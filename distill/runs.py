@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.nn import Module
+
 from distill import config
 from distill.models import CLEAN_ROWS, downloaded, find
 from distill.rows import batches, read
@@ -100,20 +102,26 @@ def bare(name: str, dictionaries: str, hook: str | None) -> Opened:
     return Opened(Path(name), dictionaries, host, Reconstruction(host, basis), None, "")
 
 
-def reopen(folder: Path, part: str) -> Opened:
-    """Open `part` of the run in `folder`. Raises ValueError (one sentence) where it is not there."""
-    if not (folder / part / "receipt.json").is_file():
-        raise ValueError(f"--run {folder}: it holds no {part}/; run distill prune --out {folder} first" if folder.is_dir() else
-                         f"--run {folder}: no such folder; give the --out of a distill prune")
+def begun(folder: Path) -> tuple[config.Prune, Host, Epochs]:
+    """A finished run's settings, the model it began with and its clean rows. Raises ValueError where there is no finished run."""
+    if not folder.is_dir():
+        raise ValueError(f"--run {folder}: no such folder; give the --out of a distill prune")
     if not (folder / "receipt.json").is_file():
         raise ValueError(f"--run {folder}: the run has not finished (it has no receipt.json); start the same command again")
-    made = read_json(folder / "receipt.json")
-    settings = config.Prune(**config.from_mapping(config.Prune, made["config"], str(folder / "receipt.json")))
+    settings = config.Prune(**config.from_mapping(config.Prune, read_json(folder / "receipt.json")["config"], str(folder / "receipt.json")))
     host = load(find(settings.model))
     data, _ = batches(host, read(settings.rows or CLEAN_ROWS, named(settings.task)), settings.batch, settings.seed)
+    return settings, host, data
+
+
+def reopen(folder: Path, part: str) -> Opened:
+    """Open `part` of the run in `folder`. Raises ValueError (one sentence) where it is not there."""
+    if folder.is_dir() and not (folder / part / "receipt.json").is_file():
+        raise ValueError(f"--run {folder}: it holds no {part}/; run distill prune --out {folder} first")
+    _, host, data = begun(folder)
     replacement = Replacement.load(folder / part, host)
     replacement.eval()
     canonical(replacement, data)
-    stand_ins = {site.name: replacement.part(site) for site in replacement.sites if site.kind == "attention"}
+    stand_ins: dict[str, Module] = dict(replacement.attention())
     subject = Reconstruction(replacement.host(), replacement.basis()) if part == "circuit" else Reconstruction(host, replacement.basis(), stand_ins)
     return Opened(folder, part, host, subject, data, read_json(folder / part / "receipt.json")["key"])

@@ -116,7 +116,7 @@ def graph_stage(job: Job, model: Path) -> dict:
 
 def gate_settings(verb: config.Prune) -> PruneConfig:
     """The gates' settings from the flags."""
-    return PruneConfig(steps=verb.gate_steps, seed=verb.seed, components=verb.attention_nodes == "components")
+    return PruneConfig(score=verb.score, steps=verb.gate_steps, seed=verb.seed, components=verb.attention_nodes == "components")
 
 
 def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:

@@ -35,10 +35,11 @@ class Attention(nn.Module):
     """Causal attention in the residual stream, called as any stock layer calls its own: (hidden states, keywords) -> (output, pattern).
 
     window: tokens that a local layer looks back on (itself among them), or None; use_rope: whether positions turn queries and keys;
-    whole: KV groups of the layer that it was copied from.
+    whole: KV groups of the layer that it was copied from; linear: while set, gradients take patterns as constants.
     """
 
     is_causal = True
+    linear = False
 
     def __init__(self, model: PreTrainedModel, attention: nn.Module, layer: int) -> None:
         super().__init__()
@@ -67,13 +68,16 @@ class Attention(nn.Module):
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        out, pattern = attend(self, query, key, value, self._mask(query, key, attention_mask), dropout=0.0, scaling=self.scaling)
+        kind = "eager" if self.linear else self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
+        if self.linear:
+            query, key = query.detach(), key.detach()
+        out, pattern = attend(self, query, key, value, self._mask(query, key, attention_mask, kind), dropout=0.0, scaling=self.scaling)
         return projection(self, "o_proj")(out.reshape(*hidden_states.shape[:-1], -1)), pattern
 
-    def _mask(self, query: Tensor, key: Tensor, given: Tensor | None) -> Tensor | None:
+    def _mask(self, query: Tensor, key: Tensor, given: Tensor | None, kind: str) -> Tensor | None:
         """The caller's mask; with a window's, or the causal one where attention runs eagerly and nobody gave any."""
-        if self.window is None and (given is not None or self.config._attn_implementation != "eager"):
+        if self.window is None and (given is not None or kind != "eager"):
             return given
         back = torch.arange(key.shape[2] - query.shape[2], key.shape[2])[:, None] - torch.arange(key.shape[2])
         seen = (back >= 0) & (back < (self.window or key.shape[2]))

@@ -28,7 +28,10 @@ KIND = "neurons"
 
 
 class Neurons(Transcoder):
-    """One MLP. activation: its name in the library; gated: whether there are gate weights; biased: whether the class stores biases."""
+    """One MLP. activation: its name in the library; gated: whether there are gate weights; biased: whether the class stores biases;
+    linear: while set, gradients give an activation its ratio to its input, and each factor of a product half (RelP's rules)."""
+
+    linear = False
 
     def __init__(self, activation: str, features: int, d_in: int, d_out: int, gated: bool, biased: bool) -> None:
         super().__init__(features, d_in, d_out)
@@ -63,8 +66,17 @@ class Neurons(Transcoder):
         """Activations, before any gate of ours."""
         drive = nn.functional.linear(x, self.w_enc, self.b_enc)
         if self.w_gate is None:
-            return Act(self.activation)(drive)
-        return Act(self.activation)(nn.functional.linear(x, self.w_gate, self.b_gate)) * drive
+            return self._act(drive)
+        opened = self._act(nn.functional.linear(x, self.w_gate, self.b_gate))
+        return 0.5 * (opened.detach() * drive + opened * drive.detach()) if self.linear else opened * drive
+
+    def _act(self, drive: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch feature"]:
+        out = Act(self.activation)(drive)
+        if not self.linear:
+            return out
+        safe = drive.detach()
+        ratio = out.detach() / torch.where(safe.abs() < 1e-6, torch.ones_like(safe), safe)
+        return torch.where(safe.abs() < 1e-6, out, ratio * drive)
 
     def dictionary(self) -> Dictionary:
         """The same map as nodes of a graph."""

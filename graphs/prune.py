@@ -1,7 +1,6 @@
 """Prune: which features and attention groups a task needs, from learned gates to a nested family of circuits.
 
-1. *Scores* warm-start the gates: the mean square of d(loss)/d(gate), a diagonal Fisher estimate of what closing the node
-   costs (Michel et al. 2019, "Are sixteen heads really better than one?"; Molchanov et al. 2019).
+1. *Scores* (`graphs.scores`) warm-start the gates, or rank the nodes by themselves where no gate is trained (steps 0).
 2. *Gates*: a hard-concrete gate a node (Louizos et al. 2018, eq. 11-13) is trained by KL to the host over all positions,
    while the parts adapt; a quadratic penalty draws each site's expected share of open gates to the target.
 3. *Order*: at each site the nodes are ranked by their gate. A circuit of size s keeps the best s of every site: the
@@ -22,9 +21,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from graphs.fit import Batches
 from graphs.losses import SURE, divergence
 from graphs.replace import Replacement
+from graphs.scores import SCORES
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
@@ -36,9 +35,10 @@ STEP = 16
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """target: share of nodes that the gates are drawn to; draw: weight of that penalty; components: attention's nodes are the
-    components of its heads instead of the heads; score_batches: batches that scores are taken on."""
+    """score: what warm-starts the gates; target: share of nodes that the gates are drawn to; draw: weight of that penalty; components:
+    attention's nodes are the components of its heads instead of the heads; score_batches: batches that scores are taken on."""
 
+    score: str = "fisher"
     steps: int = 120
     target: float = 0.66
     draw: float = 20.0
@@ -87,22 +87,6 @@ class Gates(nn.Module):
         return torch.stack([torch.sigmoid(logit - shift).mean() for logit in self.logits])
 
 
-def scores(replacement: Replacement, batches: Batches, config: PruneConfig) -> dict[str, Float[Tensor, "_node"]]:
-    """Mean squared gradient of the next-token loss with respect to each gate at 1."""
-    counts = replacement.node_counts(config.components)
-    totals = {name: torch.zeros(count) for name, count in counts.items()}
-    for step in range(config.score_batches):
-        batch = batches(step)
-        gates = {name: torch.ones(count, requires_grad=True) for name, count in counts.items()}
-        with replacement.gated(gates):
-            logits = replacement(batch.ids)
-            labels = batch.ids[:, 1:].masked_fill(~batch.completion[:, 1:], -100)
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
-            for name, gradient in zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True):
-                totals[name] += gradient.square() / config.score_batches
-    return totals
-
-
 def _warm(score: Tensor) -> Tensor:
     """Gate logits from scores: by rank, from 1 (least) to 5 (most), so that nearly all gates start open."""
     rank = score.argsort().argsort().float()
@@ -113,12 +97,13 @@ def learn_gates(
     targets: Targets, replacement: Replacement, config: PruneConfig, state: Path | None = None, first: int = 0
 ) -> tuple[dict[str, Float[Tensor, "_node"]], list[float]]:
     """Gate logits by site, and the losses. The replacement's parts are trained along with the gates."""
-    gates = Gates({name: _warm(score) for name, score in scores(replacement, targets.batches, config).items()}, config.seed)
+    found = SCORES[config.score](replacement, targets.batches, config.score_batches, config.components, config.seed)
+    gates = Gates({name: _warm(score) for name, score in found.items()}, config.seed)
     both = nn.ModuleDict({"replacement": replacement, "gates": gates})
 
     def loss(step: int) -> Tensor:
         batch = targets.batches(first + step)
-        goal = 1 - (1 - config.target) * min(1.0, step / (0.6 * config.steps))
+        goal = 1 - (1 - config.target) * min(1.0, step / (0.6 * max(1, config.steps)))
         with replacement.gated(gates.sample(step)):
             kl = divergence(replacement(batch.ids), targets(batch), batch, config.prompt_weight, SURE)
         return kl + config.draw * (gates.open_share() - goal).square().mean()

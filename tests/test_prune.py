@@ -8,8 +8,9 @@ import torch
 from evals.tasks import TASKS
 from graphs.batches import Epochs, encode
 from graphs.fit import FitConfig, fit
-from graphs.prune import Gates, PruneConfig, Size, family, kept_nodes, learn_gates, scores, within
+from graphs.prune import Gates, PruneConfig, Size, family, kept_nodes, learn_gates, within
 from graphs.replace import from_noise
+from graphs.scores import SCORES
 from graphs.targets import Targets
 
 
@@ -17,16 +18,6 @@ from graphs.targets import Targets
 def data(tiny_host):
     rows = TASKS["coding"].rows("trace", 64, seed=1)
     return Epochs(encode(tiny_host.tokenizer, [(row.prompt, row.completion) for row in rows]), 8, 1, 0)
-
-
-def test_scores_single_out_a_feature_without_effect(tiny_host, data):
-    made = from_noise(tiny_host, 16, 0)
-    with torch.no_grad():
-        for part in made.transcoders().values():
-            part.w_dec[5] = 0.0
-    found = scores(made, data, PruneConfig(score_batches=2))
-    for name, part in made.transcoders().items():
-        assert found[name][5] == 0 and (found[name] > 0).sum() > part.features / 2
 
 
 def test_gates_learn_to_close_what_is_useless_first(tiny_host, data):
@@ -40,6 +31,14 @@ def test_gates_learn_to_close_what_is_useless_first(tiny_host, data):
         kept = kept_nodes(order, Size(0.5, 2, 8))[name]
         assert len(set(kept.tolist()) & set(useless.tolist())) <= 2
     assert len(losses) == 20
+
+
+def test_without_gate_training_the_score_ranks_the_nodes(tiny_host, data):
+    made = from_noise(tiny_host, 16, 0)
+    config = PruneConfig(score="activation", steps=0, score_batches=2)
+    order, losses = learn_gates(Targets(tiny_host, data), made, config)
+    expected = SCORES["activation"](made, data, 2, False, 0)
+    assert losses == [] and all(torch.equal(order[name].argsort(), expected[name].argsort()) for name in order)
 
 
 def test_a_gate_sample_is_a_function_of_the_step_and_stays_in_range():

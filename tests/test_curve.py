@@ -1,0 +1,52 @@
+"""Curves: faithfulness is 0 with no node and 1 with all, areas are those of the points, and the verb compares scores of a run."""
+
+import json
+
+import pytest
+import torch
+
+from distill.__main__ import main
+from graphs.batches import Batch
+from graphs.curve import SHARES, opened, trace_curve
+from graphs.replace import from_noise
+
+
+def test_the_best_of_every_site_are_open():
+    order = {"a": torch.tensor([0.3, 0.1, 0.9, 0.5]), "b": torch.arange(10.0)}
+    gates = opened(order, 0.25)
+    assert gates["a"].tolist() == [0, 0, 1, 0] and gates["b"].tolist() == [0] * 7 + [1] * 3
+    assert not any(gate.any() for gate in opened(order, 0.0).values()) and all(gate.all() for gate in opened(order, 1.0).values())
+    assert [int(gate.sum()) for gate in opened(order, 0.001).values()] == [1, 1]
+
+
+def test_a_curve_goes_from_nothing_to_the_whole(tiny_host):
+    made = from_noise(tiny_host, 16, 0)
+    ids = torch.randint(3, 600, (4, 20), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
+    with torch.no_grad():
+        none = {name: torch.zeros(count) for name, count in made.node_counts().items()}
+        for token in range(19):  # text that the whole finds likelier than nothing does
+            with made.gated(none):
+                nothing = made(ids)[:, token].log_softmax(-1)
+            ids[:, token + 1] = (made(ids)[:, token].log_softmax(-1) - nothing).argmax(-1)
+        target = made(ids)
+    order = {name: torch.rand(count) for name, count in made.node_counts().items()}
+    curve = trace_curve(made, order, [batch], [target])
+    assert [point.share for point in curve.points] == list(SHARES)
+    assert curve.points[0].faithfulness == 0 and curve.points[-1].faithfulness == 1
+    assert curve.points[-1].kl == pytest.approx(0, abs=1e-6) and curve.points[0].kl > 0.01
+    area = sum((b.share - a.share) * (a.faithfulness + b.faithfulness) / 2 for a, b in zip(curve.points, curve.points[1:], strict=False))
+    assert curve.cpr == pytest.approx(area) and curve.points[-1].nodes == sum(made.node_counts().values())
+    with pytest.raises(ValueError, match="no better than none of its nodes"):
+        trace_curve(made, order, [batch], [target], (1.0, 0.0))
+
+
+def test_the_verb_compares_scores(tiny_run, capsys):
+    status = main(["curve", "--run", str(tiny_run), "--judged", "32", "--score", "gates,relp,random", "--score-batches", "2", "--json"])
+    made = capsys.readouterr()
+    if status == 0:  # a graph of so few steps may predict the task no better than nothing
+        assert set(json.loads(made.out)["curves"]) == {"gates", "relp", "random"}
+    else:
+        assert "fit it for longer" in made.err
+    assert main(["curve", "--run", str(tiny_run), "--score", "magic"]) == 2 and "no such score" in capsys.readouterr().err
+    assert main(["curve", "--run", str(tiny_run / "nothing")]) == 2 and "no such folder" in capsys.readouterr().err
