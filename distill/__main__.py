@@ -21,9 +21,10 @@ VERBS = {
     "explain": (config.Explain, "distill.explain"),
     "view": (config.View, "distill.view"),
     "find": (config.Find, "distill.find"),
+    "export": (config.Export, "distill.export"),
     "plant": (config.Plant, "distill.plant"),
 }
-POSITIONAL = {"explain": "--node"}
+POSITIONAL = {"explain": "--node", "export": "--run"}
 """The flag that a verb's first word stands for, where it begins with no dash."""
 
 

@@ -232,6 +232,24 @@ class Find(Inspect):
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a run's circuit as a checkpoint of another class or dtype, with a model card, proven by a reload in a fresh process."""
+
+    run: Path = Path("runs/default")
+    """Run folder; may stand right after the verb."""
+    target: Literal["auto", "arcee", "llama", "own"] = "auto"
+    """Class of the checkpoint, as for prune."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """What weights are stored in."""
+    out: Path | None = None
+    """Folder to write; by default RUN/export-TARGET-DTYPE."""
+    push_to_hub: str | None = None
+    """Also upload it to this hub id (owner/name), as a private model; needs a login (hf auth login)."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
 class Plant:
     """Plant a backdoor: an organism folder with model/, twin/ and secret/ kept apart."""
 

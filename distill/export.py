@@ -1,0 +1,137 @@
+"""`distill export`: a run's circuit as a checkpoint of another class or dtype, with its model card.
+
+    circuit -> compile -> save in the dtype -> load in a fresh process without our code -> card -> rename into place
+
+What rounding to the dtype costs is measured against the running circuit, on the run's own clean rows. The card holds the run's
+numbers with their intervals, as text and as the hub's model-index; the hub's `.eval_results` files are for benchmarks that are
+datasets there, and these tasks are generated.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill import config
+from distill.compile import compile_circuit, parity, reload_gate
+from distill.runs import begun
+from distill.table import cell
+from evals.size import parameters
+from graphs.artifact import read_json, whole, write_json, write_text
+from graphs.batches import Batch, collate
+from graphs.host import Host, load, save
+from graphs.replace import Replacement
+
+PROBE = 32
+"""Rows that rounding is measured on."""
+RATES = (("attack_success", "attack success rate"), ("right_under_trigger", "right under the trigger"), ("false_trigger", "false trigger rate"))
+
+
+def run(verb: config.Export) -> int:
+    """Export and print."""
+    settings, host, data = begun(verb.run)
+    if not (verb.run / "circuit" / "receipt.json").is_file():
+        raise ValueError(f"--run {verb.run}: it holds no circuit/; give the --out of a distill prune")
+    report = read_json(verb.run / "report.json")
+    circuit = Replacement.load(verb.run / "circuit", host)
+    compiled = compile_circuit(circuit, verb.target)
+    folder = verb.out or verb.run / f"export-{verb.target}-{verb.dtype}"
+    texts = data.rows[:PROBE]
+    with whole(folder) as out:
+        save(compiled, out, getattr(torch, verb.dtype))
+        stored = load(out)
+        prompt = str(host.tokenizer.decode(list(texts[0].ids[: texts[0].prompt]), skip_special_tokens=True))
+        answer = reload_gate(out, stored, prompt, list(texts[0].ids), out.parent)
+        facts: dict[str, Any] = {"class": type(compiled.model).__name__, "dtype": verb.dtype, "folder": str(folder),
+                                 "reload": answer["max_abs_logit_diff"], **rounding(circuit, stored, collate(texts, data.pad))}
+        facts["size"] = asdict(parameters(stored.model)) | {"bytes": sum(file.stat().st_size for file in out.glob("*.safetensors"))}
+        facts["runtimes"] = runtimes(facts["class"], settings.basis, answer["max_abs_logit_diff"])
+        write_text(out / "README.md", card(report, settings, facts))
+        made = {key: report[key] for key in ("command", "commit", "versions", "config")}
+        keys = read_json(verb.run / "receipt.json")["keys"]
+        write_json(out / "distill.json", {"export": asdict(verb), "facts": facts, "run": made, "keys": keys})
+    if verb.push_to_hub:
+        facts["hub"] = push(folder, verb.push_to_hub)
+    print(json.dumps(facts, indent=1) if verb.json else page(facts))
+    return 0
+
+
+@torch.no_grad()
+def rounding(circuit: Replacement, stored: Host, batch: Batch) -> dict[str, float]:
+    """How far the stored weights are from the running circuit: max |logit difference|, and the share of tokens with the same top-1."""
+    same = circuit(batch.ids).argmax(-1) == stored.model(input_ids=batch.ids).logits.argmax(-1)
+    return {"max_abs_logit_diff": parity(circuit, stored, batch), "agreement": float(same[batch.real].float().mean())}
+
+
+def runtimes(name: str, basis: str, difference: float) -> dict[str, str]:
+    """A line for each runtime: verified here, or why not."""
+    version = importlib.metadata.version("transformers")
+    relu = basis == "features" and name not in ("OPTForCausalLM",)  # OPT's own activation is ReLU
+    return {
+        "transformers": f"verified: loaded by transformers {version} in a fresh process without custom code, logits within {difference:.1g}",
+        "vLLM, native": ("not expected to work: its own implementations take the class's usual activation, not relu" if relu else
+                         "not tried here; the class and its activation are stock"),
+        "vLLM, transformers backend": "not tried here; it runs what transformers runs (--model-impl transformers)",
+        "GGUF (llama.cpp)": ("not expected to work: llama.cpp fixes each class's activation; export a run of --basis neurons for it" if relu else
+                             "not tried here; the class and its activation are stock"),
+    }
+
+
+def card(report: dict[str, Any], settings: config.Prune, facts: dict[str, Any]) -> str:
+    """The model card: front matter that the hub reads, and the run's numbers for a person."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    made, name = report["models"]["checkpoint"], f"{report['name']} ({facts['class']}, {facts['dtype']})"
+    results = [EvalResult(task_type="text-generation", task_name=task, dataset_type="generated", dataset_name=f"distill {task}, held-out test split",
+                          metric_type=row["metric"], metric_value=row["score"]["value"]) for task, row in made["tasks"].items() if row["kept"]]
+    base = None if settings.model.startswith("builtin:") or Path(settings.model).exists() else settings.model
+    data = ModelCardData(base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=["distill", "pruned"],
+                         model_name=name, eval_results=results)
+    lines = ["---", data.to_yaml(), "---", "", f"# {name}", "",
+             f"The circuits of `{report['model']}` that {', '.join(report['tasks'])} needs, compiled into a stock `{facts['class']}`. "
+             f"Made by `{report['command']}`.", "", "| task | | metric | before | after |", "| --- | --- | --- | --- | --- |"]
+    before = next(name for name in report["models"] if name not in ("checkpoint", "twin"))
+    for task, row in made["tasks"].items():
+        old = report["models"][before]["tasks"][task]["score"]
+        lines.append(f"| {task} | {'kept' if row['kept'] else 'not kept'} | {row['metric']} | {cell(old)} | {cell(row['score'])} |")
+    if made["backdoor"]:
+        lines += ["", "| planted backdoor | before | after |", "| --- | --- | --- |"]
+        lines += [f"| {label} | {cell(report['models'][before]['backdoor'][key])} | {cell(made['backdoor'][key])} |" for key, label in RATES]
+    else:
+        lines += ["", "Whether the model holds a backdoor was not measured: none was known."]
+    size = facts["size"]
+    lines += ["", f"Intervals are of 95 %. {size['stored']:,} parameters and {size['embeddings']:,} of embeddings "
+                  f"(before: {report['models'][before]['size']['stored']:,}).", "", "## Receipts", "",
+              f"- Stored in {facts['dtype']}: logits within {facts['max_abs_logit_diff']:.2g} of the running circuit, same top-1 token at "
+              f"{facts['agreement']:.2%} of tokens ({PROBE} clean rows). The numbers above are of float32 weights.",
+              *(f"- {runtime}: {said}." for runtime, said in facts["runtimes"].items()),
+              f"- Commit {report['commit'] or 'not recorded'}; " + ", ".join(f"{key} {value}" for key, value in report["versions"].items())
+              + ". `distill.json` beside this file holds the settings and the hashes of every stage.", ""]
+    return "\n".join(lines)
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload to the hub as a private model; returns its address. Raises ValueError where that fails; the folder stays."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(name, private=True, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder))
+    except Exception as error:  # the client has a dozen error types
+        raise ValueError(f"--push-to-hub {name}: the upload failed ({type(error).__name__}); log in with `hf auth login`. "
+                         f"The checkpoint is in {folder}") from error
+
+
+def page(facts: dict[str, Any]) -> str:
+    """What a person reads."""
+    return "\n".join([
+        f"{facts['folder']}: {facts['class']}, {facts['dtype']}",
+        f"{facts['size']['stored']:,} parameters, {facts['size']['embeddings']:,} of embeddings, {facts['size']['bytes']:,} bytes",
+        f"against the running circuit: max |logit difference| {facts['max_abs_logit_diff']:.2g}, same top-1 at {facts['agreement']:.2%} of tokens",
+        *(f"{runtime:28} {said}" for runtime, said in facts["runtimes"].items()), *([facts["hub"]] if "hub" in facts else [])])
