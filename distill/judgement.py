@@ -119,7 +119,7 @@ def report(judged: dict, receipts: dict, verb: config.Prune, tasks: list[Task], 
         **placed(others), "curve": _curve(circuit, judged), "fit": graph["quality"],
         "losses": graph["losses"] | {"gates": receipts["gated"]["losses"], "heal": circuit["losses"]},
         "circuit": {"layers": _layers(circuit)}, "stages": times, "examples": _examples(judged),
-        "tune": {"before": circuit["tune_before"], "retention": circuit["tune_retention"]},
+        "kl": circuit["kl"], "tune": {"before": circuit["tune_before"], "retention": circuit["tune_retention"]},
         "reload": receipts["checkpoint"]["reload"], "notes": [f"sandbox: {judged['sandbox']}"],
         "config": asdict(verb),
     }

@@ -26,6 +26,7 @@ from distill.budget import affordable, check, stored
 from distill.compile import compile_circuit, home, legal_groups, parity, reload_gate
 from distill.rows import batches, tune_rows
 from evals.capability import answers, grade
+from evals.fidelity import compare
 from evals.sandbox import Sandbox
 from evals.size import parameters
 from evals.tasks import Row, Task
@@ -42,6 +43,8 @@ from graphs.targets import Targets
 from graphs.train import discard
 
 HEAL_RATE = 2.5e-3
+FOLLOWED = 128
+"""Rows of each task's tune split that KL is taken on."""
 MARGIN = 2.0
 """Standard errors that a rung must have to spare on tune."""
 RUNGS = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
@@ -181,11 +184,13 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
         order = load_file(job.work / "gated" / "gates.safetensors")
         rows = tune_rows(job.tasks, verb.tune_rows)
         tuner = Tuner(rows, job.tasks, sandbox, measure(job.host, job.tasks, rows, sandbox))
-        chosen, curve = search(job, replacement, order, tuner, verb, state)
+        followed = [row for found in rows.values() for row in found[:FOLLOWED]]
+        chosen, curve = search(job, replacement, order, tuner, followed, verb, state)
         set_means(chosen.circuit, job.data)
         chosen.circuit.save(out)
         tuned = {name: sum(right) / len(right) for name, right in tuner.before.items()}
         return {"size": asdict(chosen.size), "curve": curve, "losses": chosen.losses, "tune_before": tuned, "tune_retention": chosen.retention,
+                "kl": {"graph": divergence_from(job.host, replacement, followed)} | chosen.kl,
                 "kept": {name: kept.tolist() for name, kept in chosen.kept.items()}, "nodes": replacement.node_counts(),
                 "seconds": time.monotonic() - started}
 
@@ -200,7 +205,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
 @dataclass(frozen=True)
 class Healed:
     """A circuit of one size after healing, the nodes it holds, what it keeps on tune, the least of that less its margin, the
-    losses of all healing."""
+    losses of all healing, and how far it was from the model when it had been pruned and when it had been healed."""
 
     size: Size
     kept: dict[str, torch.Tensor]
@@ -208,9 +213,18 @@ class Healed:
     retention: dict[str, float]
     certain: float
     losses: list[float]
+    kl: dict[str, float]
 
 
-def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: config.Prune, state: Path) -> tuple[Healed, list[dict]]:
+def divergence_from(host: Host, circuit: Replacement, rows: Sequence[Row]) -> float:
+    """Mean KL from the model to a running circuit on rows that nothing was trained on, nats a completion token."""
+    kl = compare(circuit.host(), host, rows).kl
+    return sum(kl) / len(kl)
+
+
+def search(
+    job: Job, replacement: Replacement, order: dict, tuner: Tuner, followed: Sequence[Row], verb: config.Prune, state: Path
+) -> tuple[Healed, list[dict]]:
     """The smallest rung that passes, and every rung that was healed and judged on the way.
 
     The rung that the gates were drawn to is healed first. Where it does not keep the asked share on tune, larger ones are
@@ -225,10 +239,12 @@ def search(job: Job, replacement: Replacement, order: dict, tuner: Tuner, verb: 
 
     def heal(size: Size, kept: dict, circuit: Replacement, steps: int, before: list[float]) -> Healed:
         label = f"heal {size.heads} heads, {size.features} features" + (f", {size.components} components" if components else "")
+        pruned = divergence_from(job.host, circuit, followed)
         losses = distill(job.targets, circuit, steps, HEAL_RATE, 0.1, label, state.with_suffix(f".{size.features}"), first, verb.heal_decay)
         found = tuner.retention(circuit.host())
         certain = min(share - MARGIN * error for share, error in found.values())
-        healed = Healed(size, kept, circuit, {name: share for name, (share, _) in found.items()}, certain, before + losses)
+        healed = Healed(size, kept, circuit, {name: share for name, (share, _) in found.items()}, certain, before + losses,
+                        {"pruned": pruned, "healed": divergence_from(job.host, circuit, followed)})
         said = ", ".join(f"{name} {share:.3f} +- {error:.3f}" for name, (share, error) in found.items())
         print(f"{label}: keeps {said} of the model's own on tune; asked {verb.share:.3f}", file=sys.stderr)
         curve.append({**asdict(size), "params": stored(circuit, verb.target).stored, "retention": healed.retention})

@@ -227,6 +227,16 @@ def rate_or_text(value: Any) -> str:
     return f"{number:.2g}".replace("e-0", "e-") if abs(number) < 1e-3 else f"{number:.4g}"
 
 
+def _losses(report: dict) -> list[str]:
+    """What pruning cost and healing gained; compiling is exact."""
+    kl = report.get("kl") or {}
+    if not kl:
+        return []
+    words = {"graph": "whole graph", "pruned": "pruned", "healed": "healed"}
+    said = ", ".join(f"{words[key]} {rate_or_text(value)}" for key, value in kl.items() if key in words)
+    return ["", f"KL to the model, tune rows, nats a completion token: {said}"]
+
+
 def _stages(report: dict) -> list[str]:
     stages = report.get("stages") or []
     total = (report.get("summary") or {}).get("seconds")
@@ -249,4 +259,4 @@ def table(report: dict, folder: Path | str | None = None) -> str:
     head = [f"{report.get('name') or 'run'}: {report.get('model') or 'a model'}, kept {kept}, dropped {dropped}", ""]
     folder = folder or report.get("folder")
     tail = ["", str(folder)] if folder else []
-    return "\n".join([*head, *_main(report), *_tasks(report), *_gates(report), *_stages(report), *tail]) + "\n"
+    return "\n".join([*head, *_main(report), *_tasks(report), *_gates(report), *_losses(report), *_stages(report), *tail]) + "\n"
