@@ -61,7 +61,7 @@ class Prune(Fit):
     Arcee where the model can move there, else its own."""
     attention_nodes: Literal["heads", "components"] = "heads"
     """What is gated and dropped of attention: whole heads, or the components of heads one by one (a dropped one is stored as zeros)."""
-    score: Literal["fisher", "attribution", "integrated", "relp", "frequency", "activation", "random"] = "fisher"
+    score: Literal["fisher", "attribution", "integrated", "relp", "frequency", "activation", "magnitude", "random"] = "fisher"
     """What ranks nodes before gates are learned from there (distill curve compares them)."""
     gate_steps: int = 80
     """Batches of gate training (0: the score alone ranks the nodes)."""
@@ -168,7 +168,7 @@ class Curve:
 
     run: Path = Path("runs/default")
     """Run folder."""
-    score: str = "gates,relp,integrated,attribution,fisher,activation,frequency,random"
+    score: str = "gates,relp,integrated,attribution,fisher,activation,magnitude,frequency,random"
     """Scores to compare, by name; gates: those that the run learned."""
     judged: int = 192
     """Rows of each task's tune split."""

@@ -3,12 +3,16 @@
     dense refit          the checkpoint's shapes   our losses from noise, without sparsity, gates or a wider dictionary
     UNDO                 noise share swept         shrink towards noise, distil on outputs
     clean fine-tuning    learning rate swept       no new weights, nothing smaller
+    written text         the checkpoint's shapes   a fresh model trained on answers that the model wrote to the rows' prompts
+    magnitude, Wanda     the checkpoint's size     the model's own neurons and heads, the least dropped, then healed as ours is
 
-and one ablation of ours: the same road with the model's own attention layers left in place.
+and two ablations of ours: the same road with the model's own attention layers, or its own neurons, left in place of refitted parts.
 
 Equal tokens: each rival trains on as many batches of the same size, from the same rows, as the stages that led to our
-checkpoint (neither a rung that we tried and dropped nor a rival's other knobs are counted). The dense refit has fewer heads
-than the model, so it learns what attention layers write, not what each head writes. Each is judged by the same code on the
+checkpoint (neither a rung that we tried and dropped nor a rival's other knobs are counted; written text has the rows' prompts and
+answers of its own, a little longer or shorter). The dense refit has fewer heads than the model, so it learns what attention
+layers write, not what each head writes. Magnitude and Wanda (Sun et al. 2024, here by whole neurons and heads) are ours with the
+neuron basis, the model's own attention and a score in place of learned gates. Each is judged by the same code on the
 same prompts. A row carries the hash of the model, the rows and the config it came from.
 """
 
@@ -20,15 +24,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from backdoor.removal import dense_refit, fine_tuning, undo
+from backdoor.removal import dense_refit, fine_tuning, undo, written_text
 from distill import config
 from distill.models import Secret
 from distill.rows import batches
 from distill.stages import HEAL_RATE, prepare, road
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
+from evals.generate import complete
 from evals.size import parameters
 from evals.tasks import TASKS, named
 from graphs.architectures import sites
@@ -36,13 +42,15 @@ from graphs.artifact import digest, write_text
 from graphs.host import Host, load, save
 from graphs.targets import Targets
 
-ABLATION = "ours, attention kept"
+ABLATIONS = ("ours, attention kept", "ours, neurons kept")
+COPIES = 4
+"""Answers that the model writes to each prompt."""
 
 
 def placed(rows: Sequence[dict]) -> dict[str, list[dict]]:
     """The rows as the report's `rivals` and `ablation`."""
-    return {"rivals": [row for row in rows if row["name"] != ABLATION],
-            "ablation": [row | {"metric": row["pass_at_1"]} for row in rows if row["name"] == ABLATION]}
+    return {"rivals": [row for row in rows if row["name"] not in ABLATIONS],
+            "ablation": [row | {"metric": row["pass_at_1"]} for row in rows if row["name"] in ABLATIONS]}
 
 
 def random_student(checkpoint: Path, host: Host, seed: int) -> Host:
@@ -67,7 +75,7 @@ def random_student(checkpoint: Path, host: Host, seed: int) -> Host:
 def contenders(
     targets: Targets, verb: config.Prune, model: Path, texts: list[tuple[str, str]], steps: int
 ) -> Iterator[tuple[str, float, Callable[[], Host]]]:
-    """(name, knob, how to make it) of every rival, and last of our own ablation."""
+    """(name, knob, how to make it) of every rival, and last of our own ablations."""
     checkpoint = verb.out / "checkpoint"
 
     def refit(knob: float) -> Host:
@@ -80,15 +88,32 @@ def contenders(
         yield f"UNDO, noise {knob:g}", knob, partial(undo.remove, targets, steps, knob, HEAL_RATE, verb.heal_decay)
     for knob in fine_tuning.KNOBS:
         yield f"clean fine-tuning, lr {knob:g}", knob, partial(fine_tuning.remove, targets, steps, knob)
-    yield ABLATION, 0.0, partial(attention_kept, targets.host, verb, model, texts, checkpoint)
+    for knob in written_text.KNOBS:
+        yield f"written text, lr {knob:g}", knob, partial(from_written_text, targets.host, verb, texts, steps, knob)
+    for name, score in (("magnitude, healed", "magnitude"), ("Wanda, healed", "activation")):
+        pruned: dict[str, Any] = {"basis": "neurons", "attention": "kept", "target": "own", "score": score, "fit_steps": 0, "joint_steps": 0,
+                                  "gate_steps": 0, "heal_steps": steps}
+        yield name, 0.0, partial(our_road, verb, model, texts, name, pruned)
+    for name, kept in zip(ABLATIONS, ({"attention": "kept"}, {"basis": "neurons", "target": "own"}), strict=True):
+        yield name, 0.0, partial(our_road, verb, model, texts, name, kept)
 
 
-def attention_kept(host: Host, verb: config.Prune, model: Path, texts: list[tuple[str, str]], checkpoint: Path) -> Host:
-    """Our whole road once more, to the same size, with the model's own attention layers in the place of refitted ones."""
-    stored = parameters(load(checkpoint).model).stored
-    changed = replace(verb, attention="kept", target_params=stored, keep=None, out=verb.out / ".work" / "attention-kept")
+def our_road(verb: config.Prune, model: Path, texts: list[tuple[str, str]], name: str, changes: dict) -> Host:
+    """Our whole road once more, to no more than the checkpoint's size, with some settings changed."""
+    stored = parameters(load(verb.out / "checkpoint").model).stored
+    folder = verb.out / ".work" / name.replace(",", "").replace(" ", "-")
+    changed = replace(verb, **({"target_params": stored, "target_ratio": None, "target_memory": None, "target_nodes": None, "keep": None,
+                                "out": folder} | changes))
     road(prepare(model, texts, named(verb.task), changed), model, changed, [])
     return load(changed.out / "checkpoint")
+
+
+def from_written_text(host: Host, verb: config.Prune, texts: list[tuple[str, str]], steps: int, knob: float) -> Host:
+    """A student of the checkpoint's shapes, trained on what the host answers to the rows' prompts."""
+    prompts, room = [prompt for prompt, _ in texts], max(TASKS[name].max_new_tokens for name in verb.task.split(","))
+    written = [pair for copy in range(COPIES) for pair in zip(prompts, complete(host, prompts, room, 1.0, verb.seed + copy), strict=True)]
+    data, _ = batches(host, written, verb.batch, verb.seed)
+    return written_text.remove(random_student(verb.out / "checkpoint", host, verb.seed), data, steps, knob)
 
 
 def run_rivals(

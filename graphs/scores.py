@@ -1,5 +1,6 @@
 """Scores: what a node is worth to the task's next tokens, before any gate is learned.
 
+    magnitude    norm of what a node reads times the norm of what it writes: no data
     frequency    share of tokens on which a feature is active
     activation   mean |activation| times the norm of the write vector
     fisher       mean square of d loss / d gate: a diagonal Fisher estimate of what closing the node costs (Michel et al. 2019,
@@ -107,6 +108,22 @@ def activation(replacement: Replacement, batches: Batches, count: int, component
         return averaged(one, batches, count)
 
 
+@torch.no_grad()
+def magnitude(replacement: Replacement, batches: Batches, count: int, components: bool, seed: int) -> Values:
+    """Weights alone."""
+    found: Values = {}
+    for name, part in replacement.transcoders().items():
+        read = part.w_enc.norm(dim=1)
+        if isinstance(part, Neurons) and part.w_gate is not None:
+            read = read * part.w_gate.norm(dim=1)
+        found[name] = read * part.w_dec.norm(dim=1)
+    for name, layer in replacement.attention().items():
+        write = projection(layer, "o_proj").weight.norm(dim=0).view(groups(layer), -1, width(layer)).sum(1)
+        by_node = projection(layer, "v_proj").weight.norm(dim=1).view(groups(layer), width(layer)) * write
+        found[name] = by_node.flatten() if components else by_node.sum(1)
+    return found
+
+
 def frequency(replacement: Replacement, batches: Batches, count: int, components: bool, seed: int) -> Values:
     """How often features are active."""
     return activation(replacement, batches, count, components, seed, often=True)
@@ -114,7 +131,7 @@ def frequency(replacement: Replacement, batches: Batches, count: int, components
 
 SCORES: dict[str, Callable[[Replacement, Batches, int, bool, int], Values]] = {
     "fisher": fisher, "attribution": attribution, "integrated": integrated, "relp": relp, "frequency": frequency, "activation": activation,
-    "random": random}
+    "magnitude": magnitude, "random": random}
 
 
 @contextmanager

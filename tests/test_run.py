@@ -208,10 +208,11 @@ def test_rivals_are_made_at_the_runs_rows_and_tokens_and_shown_under_our_row(org
     assert evaluate(verb) == 0
     found = [json.loads(line) for line in (tmp_path / "rivals.jsonl").read_text().splitlines()]
     made = read_json(out / "report.json")
-    assert found[0] == other and len(found) == 8 and len(made["rivals"]) == 6 and len(made["ablation"]) == 1
+    assert found[0] == other and len(found) == 13 and len(made["rivals"]) == 10 and len(made["ablation"]) == 2
     assert all(row[key] == made["summary"][key] for row in found[1:] for key in ("steps", "tokens", "rows"))
     sizes = {row["name"]: row["params"] for row in found[1:]}
-    assert sizes["dense refit"] == made["summary"]["params_after"] >= sizes["ours, attention kept"]
+    assert sizes["dense refit"] == sizes["written text, lr 0.002"] == made["summary"]["params_after"]
+    assert all(sizes[name] <= made["summary"]["params_after"] for name in ("ours, attention kept", "ours, neurons kept", "Wanda, healed"))
     assert "UNDO, noise 0.3" in capsys.readouterr().out
     before = (tmp_path / "rivals.jsonl").read_text()
     assert evaluate(verb) == 0 and (tmp_path / "rivals.jsonl").read_text() == before  # nothing is made twice
