@@ -26,6 +26,8 @@ RUNS = {
     "rare": ["--task", "coding", "--model", "builtin:organism-rare"],
     "all": ["--task", "coding,math,stories"],
     "twin": ["--task", "coding", "--model", "builtin:twin"],
+    "neurons": ["--task", "coding", "--basis", "neurons"],
+    "components": ["--task", "coding", "--attention-nodes", "components"],
 }
 COLUMNS = (
     ("command", lambda r: f"`{r['command'].removeprefix('python -m distill ')}`"),

@@ -5,15 +5,17 @@
     clean fine-tuning    learning rate swept       no new weights, nothing smaller
     written text         the checkpoint's shapes   a fresh model trained on answers that the model wrote to the rows' prompts
     magnitude, Wanda     the checkpoint's size     the model's own neurons and heads, the least dropped, then healed as ours is
+    random mask          the checkpoint's size     the same with nodes dropped at random
+    layer drop           no more than its size     whole layers dropped, then healed as ours is
 
 and two ablations of ours: the same road with the model's own attention layers, or its own neurons, left in place of refitted parts.
 
 Equal tokens: each rival trains on as many batches of the same size, from the same rows, as the stages that led to our
 checkpoint (neither a rung that we tried and dropped nor a rival's other knobs are counted; written text has the rows' prompts and
 answers of its own, a little longer or shorter). The dense refit has fewer heads than the model, so it learns what attention
-layers write, not what each head writes. Magnitude and Wanda (Sun et al. 2024, here by whole neurons and heads) are ours with the
-neuron basis, the model's own attention and a score in place of learned gates. Each is judged by the same code on the
-same prompts. A row carries the hash of the model, the rows and the config it came from.
+layers write, not what each head writes. Magnitude, Wanda (Sun et al. 2024, here by whole neurons and heads) and the random mask
+are ours with the neuron basis, the model's own attention and a score in place of learned gates. Each is judged by the same code
+on the same prompts. A row carries the hash of the model, the rows and the config it came from.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import Any
 
 import torch
 
-from backdoor.removal import dense_refit, fine_tuning, undo, written_text
+from backdoor.removal import dense_refit, fine_tuning, layer_drop, undo, written_text
 from distill import config
 from distill.models import Secret
 from distill.rows import batches
@@ -90,12 +92,19 @@ def contenders(
         yield f"clean fine-tuning, lr {knob:g}", knob, partial(fine_tuning.remove, targets, steps, knob)
     for knob in written_text.KNOBS:
         yield f"written text, lr {knob:g}", knob, partial(from_written_text, targets.host, verb, texts, steps, knob)
-    for name, score in (("magnitude, healed", "magnitude"), ("Wanda, healed", "activation")):
+    yield "layer drop, healed", 0.0, lambda: layer_drop.remove(targets, fitting_layers(targets.host, checkpoint), steps, HEAL_RATE, verb.heal_decay)
+    for name, score in (("magnitude, healed", "magnitude"), ("Wanda, healed", "activation"), ("random mask, healed", "random")):
         pruned: dict[str, Any] = {"basis": "neurons", "attention": "kept", "target": "own", "score": score, "fit_steps": 0, "joint_steps": 0,
                                   "gate_steps": 0, "heal_steps": steps}
         yield name, 0.0, partial(our_road, verb, model, texts, name, pruned)
     for name, kept in zip(ABLATIONS, ({"attention": "kept"}, {"basis": "neurons", "target": "own"}), strict=True):
         yield name, 0.0, partial(our_road, verb, model, texts, name, kept)
+
+
+def fitting_layers(host: Host, checkpoint: Path) -> int:
+    """How many of the host's layers take no more parameters than the checkpoint; at least one."""
+    stored, count = parameters(load(checkpoint).model).stored, host.config.num_hidden_layers
+    return max([1, *(kept for kept in range(1, count) if parameters(layer_drop.shortened(host.model, range(kept))).stored <= stored)])
 
 
 def our_road(verb: config.Prune, model: Path, texts: list[tuple[str, str]], name: str, changes: dict) -> Host:

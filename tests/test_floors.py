@@ -37,10 +37,10 @@ def test_imports_go_down_only(room):
     assert not wrong
 
 
-def test_only_the_table_of_architectures_and_the_compiler_know_hugging_face_module_names():
+def test_only_the_table_of_architectures_knows_hugging_face_module_names():
     names = ("self_attn", "input_layernorm", "post_attention_layernorm")
     knowing = {f.relative_to(ROOT).as_posix() for room in ROOMS for f in (ROOT / room).rglob("*.py") if any(n in f.read_text() for n in names)}
-    assert knowing <= {"graphs/architectures.py", "distill/compile.py"}
+    assert knowing <= {"graphs/architectures.py"}
 
 
 def test_no_vague_file_names_and_no_long_files():

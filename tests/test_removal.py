@@ -5,15 +5,17 @@ import copy
 import pytest
 import torch
 
-from backdoor.removal import dense_refit, fine_tuning, undo
+from backdoor.removal import dense_refit, fine_tuning, layer_drop, undo, written_text
 from distill.compile import compile_circuit
 from distill.rivals import random_student
 from evals.tasks import TASKS
+from graphs.architectures import architecture, sites
 from graphs.batches import Epochs, encode
-from graphs.host import save
+from graphs.host import Host, load, save
 from graphs.losses import divergence
 from graphs.replace import from_noise
 from graphs.targets import Targets
+from tests.test_edges import tiny
 
 
 @pytest.fixture
@@ -56,3 +58,41 @@ def test_the_dense_refit_has_the_checkpoints_shapes_and_starts_from_noise(tiny_h
     refit = dense_refit.remove(Targets(tiny_host, data), student, 60, 80, 4e-3, 1.5e-3, 0.0)
     assert kl(tiny_host, refit, data) < 0.6 * start
     assert torch.equal(refit.model.model.embed_tokens.weight, tiny_host.model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "GPTNeoForCausalLM", "OPTForCausalLM", "SmolLM3ForCausalLM"])
+@torch.no_grad()
+def test_a_shortened_model_is_its_kept_layers_in_order_and_reloads(name, tmp_path):
+    host = tiny(name)
+    ids = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    small = layer_drop.shortened(host.model, [1])
+    expected = copy.deepcopy(host.model)
+    first = expected.get_submodule(f"{architecture(expected).layers}.0")
+    for module in first.modules():  # a layer that adds nothing to the stream is no layer
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(module, torch.nn.LayerNorm):
+                parameter.zero_()
+    assert torch.allclose(small(input_ids=ids).logits, expected(input_ids=ids).logits, atol=1e-5)
+    save(Host(small, host.tokenizer, sites(small)), tmp_path / "small", torch.float32)
+    assert torch.allclose(load(tmp_path / "small").model(input_ids=ids).logits, small(input_ids=ids).logits, atol=1e-5)
+    assert torch.equal(layer_drop.shortened(host.model, [0, 1])(input_ids=ids).logits, host.model(input_ids=ids).logits)
+
+
+def test_layer_drop_heals_what_it_shortens(tiny_host, data):
+    targets = Targets(tiny_host, data)
+    short = Host(layer_drop.shortened(tiny_host.model, [0]), tiny_host.tokenizer, tiny_host.sites)
+    healed = layer_drop.remove(targets, 1, 25, 5e-3, 0.0)
+    assert healed.config.num_hidden_layers == 1 and kl(tiny_host, healed, data) < kl(tiny_host, short, data)
+
+
+def test_a_student_learns_the_tokens_it_is_given(tiny_host, data):
+    student = Host(copy.deepcopy(tiny_host.model), tiny_host.tokenizer, tiny_host.sites)
+    batch = data(0)
+
+    def loss():
+        with torch.no_grad():
+            return float(student.model(input_ids=batch.ids, labels=batch.labels).loss)
+
+    before = loss()
+    written_text.remove(student, data, 15, 3e-3)
+    assert loss() < before

@@ -1,0 +1,69 @@
+"""Rival: whole layers dropped, then the same healing (cf. Men et al. 2024, "ShortGPT"; Muralidharan et al. 2024, "Compact language models").
+
+The layers to go are chosen one at a time: the one without which the model stays closest to itself (KL on clean rows).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from graphs.architectures import architecture, sites
+from graphs.host import Host
+from graphs.losses import SURE, divergence
+from graphs.targets import Targets
+from graphs.train import TrainConfig, train
+
+SAMPLE = 4
+"""Batches that a layer's absence is judged on."""
+
+
+def shortened(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A copy with the kept layers only, numbered anew."""
+    small = copy.deepcopy(model)
+    parent, _, name = architecture(model).layers.rpartition(".")
+    layers = nn.ModuleList([small.get_submodule(f"{architecture(model).layers}.{layer}") for layer in kept])
+    for place, layer in enumerate(layers):
+        for module in layer.modules():
+            for key in ("layer_idx", "layer_id"):
+                if hasattr(module, key):
+                    setattr(module, key, place)
+    setattr(small.get_submodule(parent), name, layers)
+    small.config.num_hidden_layers = len(kept)
+    for listed in ("layer_types", "attention_layers", "no_rope_layers"):  # what a config says of each layer
+        if getattr(small.config, listed, None):
+            setattr(small.config, listed, [getattr(model.config, listed)[layer] for layer in kept])
+    if hasattr(small.config, "attention_types"):  # GPT-Neo's own spelling of attention_layers
+        small.config.attention_types = [[small.config.attention_layers, 1]]
+    return small
+
+
+def remove(targets: Targets, layers: int, steps: int, learning_rate: float, decay: float, prompt_weight: float = 0.1) -> Host:
+    """The host with its best `layers` layers, healed by KL for `steps` batches. Embeddings stay as they are."""
+    host, kept = targets.host, list(range(targets.host.config.num_hidden_layers))
+
+    @torch.no_grad()
+    def apart(some: Sequence[int]) -> float:
+        model, total = shortened(host.model, some), 0.0
+        for step in range(SAMPLE):
+            batch = targets.batches(step)
+            total += float(divergence(model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight, SURE))
+        return total
+
+    while len(kept) > layers:
+        kept.remove(min(kept, key=lambda layer: apart([one for one in kept if one != layer])))
+    model = shortened(host.model, kept)
+    for parameter in (*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()):
+        parameter.requires_grad_(False)
+
+    def loss(step: int) -> Tensor:
+        batch = targets.batches(step)
+        return divergence(model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight, SURE)
+
+    train(model.train(), loss, TrainConfig(steps, learning_rate, weight_decay=decay), f"layer drop, {layers} left")
+    model.eval()
+    return Host(model, host.tokenizer, sites(model))
