@@ -44,8 +44,9 @@ WIDTHS = {"GPT2LMHeadModel": "n_inner", "OPTForCausalLM": "ffn_dim"}
 """What a class calls the width of its MLPs, where not intermediate_size."""
 
 
-def home(model: PreTrainedModel, target: Target, neurons: bool = False) -> str:
-    """The class that a model's circuits compile into. Raises ValueError, with the reason and the way out, where there is none."""
+def home(model: PreTrainedModel, target: Target, neurons: bool = False, kept: bool = False) -> str:
+    """The class that a model's circuits compile into. neurons: of the neuron basis; kept: with the model's own attention. Raises ValueError,
+    with the reason and the way out, where there is none."""
     source, config = type(model).__name__, model.config
     if architecture(model).post is not None:
         raise ValueError(f"{source}: a norm scales what each sublayer writes, and no stock class holds a transcoder's output behind it; "
@@ -66,7 +67,10 @@ def home(model: PreTrainedModel, target: Target, neurons: bool = False) -> str:
         raise ValueError(f"--target {target}: {source} does not compute what {target} computes; give --target own")
     if windowed(config):
         raise ValueError(f"--target {target}: this {source} attends in windows of {config.sliding_window} tokens, shorter than its context, and "
-                         f"{target} does not; set sliding_window to null and max_position_embeddings to the window in its config.json")
+                         f"{target} does not; give --basis neurons, or set sliding_window to null and max_position_embeddings to the window in its "
+                         "config.json")
+    if kept and source == "Qwen3ForCausalLM":
+        raise ValueError(f"--attention kept: {source} norms its queries and keys, and {target} does not; give --attention refit")
     return "ArceeForCausalLM" if target == "arcee" else "LlamaForCausalLM"
 
 
@@ -110,6 +114,7 @@ def compile_circuit(circuit: Replacement, target: Target = "auto") -> Host:
         part = circuit.part(site)
         state |= _attention(part, made.model, there.module) if isinstance(part, Attention) else _mlp(part, made.model, there)
     made.model.load_state_dict(state, strict=True)
+    made.model.generation_config = copy.deepcopy(circuit.model.generation_config)
     return made
 
 
@@ -236,6 +241,6 @@ def reload_gate(folder: Path, host: Host, prompt: str, ids: list[int], scratch: 
     with torch.no_grad():
         here = host.model(input_ids=torch.tensor([ids])).logits[0, -1]
     difference = float((here - torch.tensor(answer["logits"])).abs().max())
-    if difference > 1e-4:
+    if not difference <= 1e-4:
         raise ValueError(f"reload gate: {folder} answers differently in a fresh process (logits differ by {difference:.2g})")
     return {"max_abs_logit_diff": difference, "completion": answer["completion"]}

@@ -23,13 +23,13 @@ class Fit:
     rows: Path | None = None
     """A table of clean rows (parquet); by default the 4,096 rows that ship with the package."""
     features: int = 512
-    """Transcoder features a layer."""
+    """Transcoder features a layer (--basis features)."""
     fit_steps: int = 400
     """Batches of the local fit (each site alone)."""
     joint_steps: int = 100
     """Batches of the end-to-end fit (all sites swapped in)."""
     sparsity: float = 2e-3
-    """Weight of the sparsity penalty."""
+    """Weight of the sparsity penalty (--basis features)."""
     basis: Literal["features", "neurons"] = "features"
     """What stands for MLPs: sparse transcoders fitted from noise, or the model's own neurons, pruned but not refitted."""
     skip: int = 0
@@ -111,7 +111,7 @@ class Evaluate:
     prompts: int = 500
     """Held-out prompts for every rate."""
     rivals: bool = False
-    """Also make and judge the rivals (clean fine-tuning, UNDO, dense refit) at equal rows and tokens."""
+    """Also make and judge the rivals (clean fine-tuning, UNDO, dense refit, written text, magnitude, Wanda, ...) at equal rows and tokens."""
     out: Path | None = None
     """Where the rivals' rows go (JSON lines)."""
     seed: int = 0

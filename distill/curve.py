@@ -58,13 +58,16 @@ def measure(verb: config.Curve, names: tuple[str, ...]) -> dict[str, Any]:
         order = load_file(gated / "gates.safetensors") if name == LEARNED else SCORES[name](
             replacement, data, verb.score_batches, components, verb.seed)
         curves[name] = trace_curve(replacement, order, batches, targets)
-    return {"run": str(verb.run), "task": settings.task, "basis": settings.basis, "attention_nodes": settings.attention_nodes, "rows": len(rows),
-            "nodes": sum(replacement.node_counts(components).values()), "curves": {name: asdict(curve) for name, curve in curves.items()}}
+    return {"run": str(verb.run), "task": settings.task, "basis": settings.basis,
+            "attention_nodes": "components" if components else "heads", "parts": "as gated" if learned else "as fitted",
+            "rows": len(rows), "nodes": sum(replacement.node_counts(components).values()),
+            "curves": {name: asdict(curve) for name, curve in curves.items()}}
 
 
 def page(found: dict[str, Any]) -> str:
     """What a person reads."""
-    lines = [f"{found['nodes']:,} nodes of {found['run']} ({found['basis']}, {found['attention_nodes']}), {found['rows']} rows of the tune split", "",
+    kind = f"{found['basis']}, {found['attention_nodes']}; {found['parts']}"
+    lines = [f"{found['nodes']:,} nodes of {found['run']} ({kind}), {found['rows']} rows of the tune split", "",
              f"{'score':12} {'CPR':>6} {'CMD':>6}   faithfulness / KL at " + "  ".join(f"{share:>11.0%}" for share in SHOWN)]
     for name, curve in sorted(found["curves"].items(), key=lambda pair: pair[1]["cmd"]):
         points = {point["share"]: point for point in curve["points"]}

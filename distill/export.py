@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def run(verb: config.Export) -> int:
     circuit = Replacement.load(verb.run / "circuit", host)
     compiled = compile_circuit(circuit, verb.target)
     folder = verb.out or verb.run / f"export-{verb.target}-{verb.dtype}"
+    if folder.exists() and not (folder / "distill.json").is_file():
+        raise ValueError(f"--out {folder}: it is there already and no export of ours; give a new folder")
     texts = data.rows[:PROBE]
     with whole(folder) as out:
         save(compiled, out, getattr(torch, verb.dtype))
@@ -49,6 +52,8 @@ def run(verb: config.Export) -> int:
         answer = reload_gate(out, stored, prompt, list(texts[0].ids), out.parent)
         facts: dict[str, Any] = {"class": type(compiled.model).__name__, "dtype": verb.dtype, "folder": str(folder),
                                  "reload": answer["max_abs_logit_diff"], **rounding(circuit, stored, collate(texts, data.pad))}
+        if not math.isfinite(facts["max_abs_logit_diff"]):
+            raise ValueError(f"--dtype {verb.dtype}: the weights overflow in it; give bfloat16 or float32")
         facts["size"] = asdict(parameters(stored.model)) | {"bytes": sum(file.stat().st_size for file in out.glob("*.safetensors"))}
         facts["runtimes"] = runtimes(facts["class"], settings.basis, answer["max_abs_logit_diff"])
         write_text(out / "README.md", card(report, settings, facts))

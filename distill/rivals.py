@@ -39,8 +39,8 @@ from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
 from evals.generate import complete
 from evals.size import parameters
 from evals.tasks import TASKS, named
-from graphs.architectures import sites
-from graphs.artifact import digest, write_text
+from graphs.architectures import architecture, embeddings, sites
+from graphs.artifact import digest, read_json, write_text
 from graphs.host import Host, load, save
 from graphs.targets import Targets
 
@@ -63,8 +63,10 @@ def random_student(checkpoint: Path, host: Host, seed: int) -> Host:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         source = dict(host.model.named_parameters())
+        held = {id(p) for table in embeddings(fresh) for p in table.parameters()}
+        norms = tuple(f"{path}." for path in (*(site.norm for site in student.sites), architecture(fresh).final_norm))
         for name, parameter in fresh.named_parameters():
-            if name in source and source[name].shape == parameter.shape and ("norm" in name or "embed" in name):
+            if id(parameter) in held or name.startswith(norms):
                 parameter.copy_(source[name])
             elif parameter.ndim > 1:
                 scale = 0.5 if "o_proj" in name or "down_proj" in name else 1.0
@@ -98,7 +100,8 @@ def contenders(
                                   "gate_steps": 0, "heal_steps": steps}
         yield name, 0.0, partial(our_road, verb, model, texts, name, pruned)
     for name, kept in zip(ABLATIONS, ({"attention": "kept"}, {"basis": "neurons", "target": "own"}), strict=True):
-        yield name, 0.0, partial(our_road, verb, model, texts, name, kept)
+        if not (name == ABLATIONS[0] and type(targets.host.model).__name__ == "Qwen3ForCausalLM"):  # its own attention has no home
+            yield name, 0.0, partial(our_road, verb, model, texts, name, kept)
 
 
 def fitting_layers(host: Host, checkpoint: Path) -> int:
@@ -119,10 +122,16 @@ def our_road(verb: config.Prune, model: Path, texts: list[tuple[str, str]], name
 
 def from_written_text(host: Host, verb: config.Prune, texts: list[tuple[str, str]], steps: int, knob: float) -> Host:
     """A student of the checkpoint's shapes, trained on what the host answers to the rows' prompts."""
-    prompts, room = [prompt for prompt, _ in texts], max(TASKS[name].max_new_tokens for name in verb.task.split(","))
+    prompts, room = [prompt for prompt, _ in texts], max(task.max_new_tokens for task in named(verb.task))
     written = [pair for copy in range(COPIES) for pair in zip(prompts, complete(host, prompts, room, 1.0, verb.seed + copy), strict=True)]
     data, _ = batches(host, written, verb.batch, verb.seed)
     return written_text.remove(random_student(verb.out / "checkpoint", host, verb.seed), data, steps, knob)
+
+
+def settings_of(verb: config.Prune) -> str:
+    """Hash of what rivals depend on in a run, beside its model, rows and steps: the checkpoint's shapes, and how its circuit was trained."""
+    names = ("seed", "batch", "heal_decay", "fit_steps", "joint_steps", "gate_steps", "sparsity", "features", "skip", "score", "attention_nodes")
+    return digest(read_json(verb.out / "checkpoint" / "config.json"), {name: getattr(verb, name) for name in names}, verb.healing)
 
 
 def run_rivals(
@@ -133,12 +142,12 @@ def run_rivals(
     data, rows = batches(host, texts, verb.batch, verb.seed)
     tokens = sum(int(data(step).real.sum()) for step in range(steps))
     facts = {"task": verb.task, "model_hash": digest(model), "rows_hash": digest(texts), "steps": steps,
-             "tokens": tokens, "rows": len(rows), "prompts": prompts}
+             "tokens": tokens, "rows": len(rows), "prompts": prompts, "settings_hash": settings_of(verb)}
     there = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
     done = [row for row in there if all(row.get(key) == value for key, value in facts.items())]
     others = [row for row in there if (row.get("model_hash"), row.get("task")) != (facts["model_hash"], facts["task"])]
     for name, knob, make in contenders(Targets(host, data), verb, model, texts, steps):
-        if any(row["name"] == name for row in done):
+        if any((row["name"], row["knob"]) == (name, knob) for row in done):
             continue
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "rival"

@@ -41,8 +41,9 @@ def read(path: Path, tasks: Sequence[Task]) -> list[tuple[str, str]]:
     except Exception as error:  # Arrow's errors are many; each means the table is not what was asked for
         raise ValueError(f"--rows {path}: not a parquet table with the columns {', '.join(COLUMNS)} ({type(error).__name__})") from error
     found = [(prompt, completion) for name, prompt, completion in rows if name in wanted]
-    if not found:
-        raise ValueError(f"--rows {path}: it holds no row of {', '.join(sorted(wanted))}; add some or name another --task")
+    missing = sorted(wanted - {name for name, _, _ in rows})
+    if missing:
+        raise ValueError(f"--rows {path}: it holds no row of {', '.join(missing)}; add some or name another --task")
     return found
 
 

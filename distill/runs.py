@@ -82,6 +82,10 @@ def inspected(verb: config.Inspect) -> Opened:
         if verb.dictionaries != "neurons" or verb.hook is not None:
             raise ValueError("--dictionaries and --hook belong to --model: give the model that the dictionaries were made for")
         return reopen(verb.run, verb.part)
+    plain = type(verb)()
+    for name in ("run", "part"):
+        if getattr(verb, name) != getattr(plain, name):
+            raise ValueError(f"--{name} belongs to a run, and --model was given too: give one of them")
     return bare(verb.model, verb.dictionaries, verb.hook)
 
 

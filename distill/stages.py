@@ -73,7 +73,7 @@ class Job:
 def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task], verb: config.Fit) -> Job:
     """Load the model and tokenise the rows. Raises ValueError where no class could hold the circuit, or none is as small as asked."""
     host = load(model)
-    home(host.model, verb.target if isinstance(verb, config.Prune) else "auto", verb.basis == "neurons")
+    home(host.model, verb.target if isinstance(verb, config.Prune) else "auto", verb.basis == "neurons", verb.attention == "kept")
     if isinstance(verb, config.Prune):
         settings = fit_settings(verb)
         start = from_noise(host, settings.features, settings.seed, settings.attention, settings.skip, settings.basis)
@@ -96,6 +96,9 @@ def road(job: Job, model: Path, verb: config.Prune, times: list[dict]) -> dict[s
 
 def fit_settings(verb: config.Fit) -> FitConfig:
     """The fit's settings from the flags."""
+    if verb.basis == "neurons":  # features and their sparsity are of transcoders
+        return FitConfig(features=0, local_steps=verb.fit_steps, joint_steps=verb.joint_steps, sparsity=0.0, attention=verb.attention,
+                         basis=verb.basis, seed=verb.seed)
     return FitConfig(features=verb.features, local_steps=verb.fit_steps, joint_steps=verb.joint_steps, sparsity=verb.sparsity,
                      attention=verb.attention, skip=verb.skip, basis=verb.basis, seed=verb.seed)
 
@@ -195,7 +198,9 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
                 "seconds": time.monotonic() - started}
 
     becomes = home(job.host.model, verb.target, verb.basis == "neurons")
-    key = digest(gated["key"], verb.share, verb.budget, becomes, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN)
+    tasks = [task.name for task in job.tasks]
+    settings = (tasks, FOLLOWED, HEAL_RATE, verb.share, verb.budget, becomes, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN)
+    key = digest(gated["key"], settings)
     state = job.work / f"heal-{key}"
     receipt, cached = stage(job.folder / "circuit", key, make)
     discard(state)
@@ -292,7 +297,7 @@ def checkpoint_stage(job: Job, circuit: dict, verb: config.Prune) -> dict:
         compiled = compile_circuit(running, verb.target)
         probe = job.rows[:32]
         difference = parity(running, compiled, collate(probe, job.host.tokenizer.eos_token_id))
-        if difference > 1e-4:
+        if not difference <= 1e-4:
             raise ValueError(f"parity: the compiled model differs from the circuit by {difference:.2g} > 1e-4; this is a defect, please report it")
         save(compiled, out, torch.float32)
         answer = reload_gate(out, compiled, job.texts[0][0], list(probe[0].ids), job.work)

@@ -103,8 +103,11 @@ def architecture(model: PreTrainedModel) -> Architecture:
         raise ValueError(f"architecture {name} is not supported yet; supported: {', '.join(ARCHITECTURES)}")
     config = model.config
     projected = getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size
-    if projected or getattr(config, "do_layer_norm_before", True) is False:
-        raise ValueError(f"architecture {name} with norms after the sublayer or projected embeddings is not supported: use another checkpoint")
+    if projected or getattr(config, "do_layer_norm_before", True) is False or getattr(config, "_remove_final_layer_norm", False):
+        raise ValueError(f"architecture {name} with norms after the sublayer, none at the end or projected embeddings is not supported: use "
+                         "another checkpoint")
+    if getattr(config, "qk_layernorm", False):
+        raise ValueError(f"architecture {name} with qk_layernorm is not supported: use a checkpoint without")
     return ARCHITECTURES[name]
 
 
@@ -240,9 +243,10 @@ class Scores:
 
 
 def attention_scores(model: PreTrainedModel, attention: nn.Module) -> Scores:
-    """The queries and keys of an attention module. Raises ValueError where scores are bent by a soft cap or normed by a LayerNorm."""
-    if getattr(attention, "attn_logit_softcapping", None) or getattr(attention, "qk_layernorm", False):
-        raise ValueError(f"{type(model).__name__} bends its attention scores (a soft cap or a LayerNorm), so they are no sum over pairs of nodes")
+    """The queries and keys of an attention module. Raises ValueError where scores are bent by a soft cap."""
+    if getattr(attention, "attn_logit_softcapping", None):
+        raise ValueError(f"{type(model).__name__} bends its attention scores with a soft cap, so they are no sum over pairs of nodes; its heads can "
+                         "be read by their components (L1.H2.C3)")
     sides = [(*projected(model, attention, which), _inner_norm(model, attention, name)) for which, name in ((0, "q_norm"), (1, "k_norm"))]
     return Scores(*sides[0], *sides[1], float(getattr(attention, "scaling", 1.0)), bool(getattr(attention, "use_rope", True)))
 
@@ -288,6 +292,21 @@ def mlp_biased(model: PreTrainedModel, site: Site) -> bool:
     """Whether the MLP at `site` has biases."""
     row = architecture(model)
     return any(linear(model.get_submodule(f"{row.layers}.{site.layer}.{name}"))[1] is not None for name in row.neurons)
+
+
+def embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    """The tables at both ends: tokens, learned positions where there are any, and the unembedding."""
+    row, ends = architecture(model), [model.get_input_embeddings(), model.get_output_embeddings()]
+    return ends if row.positions is None else [*ends, model.get_submodule(row.positions)]
+
+
+def run_mlp(model: PreTrainedModel, site: Site, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+    """What the MLP at `site` makes of `x`, in a class without post-norms."""
+    module: Any = model.get_submodule(site.module)
+    if site.writes == site.module:
+        return module(x)
+    layer: Any = model.get_submodule(site.module.rpartition(".")[0])  # OPT's MLP is three modules of its layer
+    return model.get_submodule(site.writes)(layer.activation_fn(module(x)))
 
 
 def install(model: PreTrainedModel, site: Site, part: nn.Module) -> None:

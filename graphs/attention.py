@@ -77,13 +77,15 @@ class Attention(nn.Module):
 
     def _mask(self, query: Tensor, key: Tensor, given: Tensor | None, kind: str) -> Tensor | None:
         """The caller's mask; with a window's, or the causal one where attention runs eagerly and nobody gave any."""
+        least = torch.finfo(query.dtype).min
+        if given is not None and given.dtype == torch.bool and kind == "eager":  # a mask made for another kind of attention
+            given = torch.zeros_like(given, dtype=query.dtype).masked_fill(~given, least)
         if self.window is None and (given is not None or kind != "eager"):
             return given
         back = torch.arange(key.shape[2] - query.shape[2], key.shape[2])[:, None] - torch.arange(key.shape[2])
         seen = (back >= 0) & (back < (self.window or key.shape[2]))
         if given is not None and given.dtype == torch.bool:
             return given & seen
-        least = torch.finfo(query.dtype).min
         own = torch.zeros_like(back, dtype=query.dtype).masked_fill(~seen, least)[None, None]
         return own if given is None else (own + given).clamp_min(least)
 

@@ -5,8 +5,9 @@ gives where it is absent: a change that merely breaks the answer does not count.
 
     absent + (strength - 1) (absent - present)        1: as where the trait is absent; 2: as far on the other side
 
-Where every prompt with the trait has a partner without it of as many tokens (line by line), `absent` is the node's activation in the
-partner, token by token (interchange: Vig et al. 2020; Geiger et al. 2021); else it is the mean over the absent prompts' tokens.
+Where every prompt with the trait has a partner without it (line by line as many tokens, most of them the same), `absent` is the
+node's activation in the partner, token by token (interchange: Vig et al. 2020; Geiger et al. 2021); else it is the mean over the
+absent prompts' tokens.
 Several strengths are tried, and the one that changes most answers is kept, less those it breaks where there is no trait, or
 plus those it brings about in the partners when the same nodes are held there as where the trait is present.
 
@@ -76,8 +77,11 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> Prompts:
 
 
 def paired(present: Prompts, absent: Prompts) -> bool:
-    """Whether every prompt has a partner of as many tokens."""
-    return len(present.last) == len(absent.last) and bool((present.last == absent.last).all())
+    """Whether every prompt has a partner: line by line as many tokens, most of them the same."""
+    if len(present.last) != len(absent.last) or bool((present.last != absent.last).any()):
+        return False
+    same = ((present.ids == absent.ids) & present.real).sum(1) / present.real.sum(1)
+    return bool((same > 0.5).all())
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ class Report:
     """nodes: best alone first; chosen: names of those held together; paired: whether at their partners' activations; strength: how far;
     flipped: share of held-out present prompts whose answer changes, and cost: log-odds lost; random_flipped and random_cost: the same
     for each matched random set; broken: share of held-out absent prompts whose answer changes (None where paired); induced: of
-    partners whose answer becomes that of the prompt with the trait, with the nodes held as there (None where not paired), and
+    partners that answered otherwise, the share whose answer becomes that of the prompt with the trait, with the nodes held as there
+    (None where not paired), and
     random_induced; prompts: held-out present prompts; edges: best first, edge_cost: log-odds that cutting them together costs on
     held-out prompts, and random_edge_cost: the same for each random set of edges."""
 
@@ -200,7 +205,9 @@ class _Case:
         """With nodes held where the trait is absent: the share of answers that become the partner's, or of those that change."""
         if self.paired:
             wanted = partners.prompts.answers(run(self.subject, partners.prompts.ids, {}))
-            return float((setting.prompts.answers(run(self.subject, setting.prompts.ids, setting.held(nodes))) == wanted).float().mean())
+            differ = setting.prompts.answers(run(self.subject, setting.prompts.ids, {})) != wanted
+            now = setting.prompts.answers(run(self.subject, setting.prompts.ids, setting.held(nodes)))
+            return float((now == wanted)[differ].float().mean()) if bool(differ.any()) else 0.0
         return effect(self.subject, setting, self.others, nodes)[0]
 
 

@@ -70,12 +70,13 @@ def fit(targets: Targets, config: FitConfig, state: Path | None = None) -> tuple
     def local(batch: Batch) -> Tensor:
         return local_loss(host, replacement, batch, config, spread)
 
+    fitted = any(p.requires_grad for site in host.sites for p in replacement.part(site).parameters())  # else all are the host's own
     with watching(replacement):
-        losses = {"fit: local": _local(host, replacement, batches, config, local, state and state.with_suffix(".local"))}
+        losses = {"fit: local": _local(host, replacement, batches, config, local, state and state.with_suffix(".local")) if fitted else []}
         losses["fit: end to end"] = distill(
             targets, replacement, config.joint_steps, config.joint_rate, config.prompt_weight, "fit: end to end",
             state and state.with_suffix(".joint"), first=config.local_steps,
-            beside=(lambda batch: config.anchor * local(batch)) if config.anchor else None)
+            beside=(lambda batch: config.anchor * local(batch)) if config.anchor and fitted else None)
     set_means(replacement, batches)
     return replacement, losses
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from graphs.architectures import Site, attention_components, install
+from graphs.architectures import Site, attention_components, embeddings, install
 from graphs.artifact import read_json, write_json
 from graphs.attention import Attention, GroupGate, groups, keep_groups, keep_nodes, refreshed, standing_in, width
 from graphs.components import Components
@@ -42,8 +42,8 @@ class Replacement(nn.Module):
                 parts[site.name].config = self.model.config  # type: ignore[assignment]  # one for all: `trace` changes how attention runs
                 gate = self.group_gates[site.name] = GroupGate(groups(parts[site.name]), width(parts[site.name]))
                 parts[site.name].get_submodule("o_proj").register_forward_pre_hook(gate)
-        for parameter in (*self.model.get_input_embeddings().parameters(), *self.model.get_output_embeddings().parameters()):
-            parameter.requires_grad_(False)
+        for table in embeddings(self.model):
+            table.requires_grad_(False)
         if trained:
             self.model.load_state_dict(dict(trained), strict=False)
 

@@ -56,6 +56,19 @@ def test_a_compiled_model_can_be_pruned_again(circuit, batch, tmp_path):
     assert parity(again, compile_circuit(again), batch) <= 1e-5
 
 
+def test_a_checkpoint_generates_as_its_source_is_told_to(tiny_host):
+    tiny_host.model.generation_config.update(eos_token_id=[2, 7], repetition_penalty=1.1)
+    made = compile_circuit(from_noise(tiny_host, 8, 0)).model.generation_config
+    assert made.eos_token_id == [2, 7] and made.repetition_penalty == 1.1
+
+
+def test_attention_without_a_home_is_refused_at_the_door():
+    host = tiny("Qwen3ForCausalLM")
+    with pytest.raises(ValueError, match="--attention kept: Qwen3ForCausalLM norms its queries and keys"):
+        home(host.model, "auto", kept=True)
+    assert home(host.model, "auto") == "ArceeForCausalLM" and home(host.model, "auto", neurons=True, kept=True) == "Qwen3ForCausalLM"
+
+
 def test_only_head_counts_that_divide_the_width_are_legal(tiny_host):
     assert legal_groups(tiny_host.model) == (1, 2, 3)
     tiny_host.config.hidden_size = 50

@@ -49,6 +49,30 @@ def test_the_card_is_read_by_the_hub_and_holds_the_runs_numbers(tiny_run, tmp_pa
     assert receipt["run"]["config"]["task"] == "coding" and set(receipt["keys"]) >= {"graph", "circuit", "checkpoint"}
 
 
+def test_a_folder_that_is_no_export_is_never_replaced(tiny_run, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for where in (tmp_path / "mine", tiny_run):
+        assert main(["export", str(tiny_run), "--out", str(where)]) == 2
+        assert "it is there already and no export of ours" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work" and (tiny_run / "circuit").is_dir()
+    assert main(["export", str(tiny_run), "--out", str(tmp_path / "out")]) == 0 == main(["export", str(tiny_run), "--out", str(tmp_path / "out")])
+
+
+def test_weights_that_overflow_are_refused(tiny_run, tmp_path, capsys, monkeypatch):
+    real = export.compile_circuit
+
+    def large(circuit, target):
+        made = real(circuit, target)
+        made.model.model.norm.weight.data.mul_(1e6)
+        return made
+
+    monkeypatch.setattr(export, "compile_circuit", large)
+    assert main(["export", str(tiny_run), "--dtype", "float16", "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert ("overflow in it; give bfloat16" in message or "answers differently" in message) and not (tmp_path / "out").exists()
+
+
 def test_a_failure_leaves_no_folder(tiny_run, tmp_path, capsys, monkeypatch):
     def broken(*_):
         raise ValueError("reload gate: no")

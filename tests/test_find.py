@@ -10,7 +10,7 @@ import torch
 
 from distill.__main__ import main
 from graphs.edges import Reconstruction
-from graphs.find import Contrast, _case, distances, find, matched, padded
+from graphs.find import Contrast, _case, distances, find, matched, padded, paired
 from graphs.host import save
 from tests.test_edges import neuron_basis, tiny
 
@@ -47,6 +47,19 @@ def test_the_planted_switch_is_found_and_random_neurons_are_not(absent):
         assert report.induced > 0.8 and max(report.random_induced) < 0.2 and report.broken is None
     else:
         assert report.broken is not None and report.induced is None and report.random_induced == ()
+
+
+def test_what_the_partners_answer_anyway_is_not_brought_about():
+    host = switched()
+    subject = Reconstruction(host, neuron_basis(host))
+    case = _case(subject, prompts(7), prompts(8))
+    assert case.spares(case.spared, case.check, []) == 0.0 and case.spares(case.spared, case.check, [("L0.mlp", 5)]) > 0.8
+
+
+def test_prompts_of_equal_lengths_alone_are_no_partners():
+    assert paired(prompts(7), prompts(8)) and not paired(prompts(7), prompts(8, 10))
+    other = padded([[*range(10 + i, 15 + i + i % 3), 8] for i in range(12)], 2)
+    assert not paired(prompts(7), other)
 
 
 def test_partners_are_held_token_by_token():

@@ -10,7 +10,7 @@ from distill.compile import compile_circuit
 from distill.rivals import random_student
 from evals.tasks import TASKS
 from graphs.architectures import architecture, sites
-from graphs.batches import Epochs, encode
+from graphs.batches import Encoded, Epochs, encode
 from graphs.host import Host, load, save
 from graphs.losses import divergence
 from graphs.replace import from_noise
@@ -76,6 +76,22 @@ def test_a_shortened_model_is_its_kept_layers_in_order_and_reloads(name, tmp_pat
     save(Host(small, host.tokenizer, sites(small)), tmp_path / "small", torch.float32)
     assert torch.allclose(load(tmp_path / "small").model(input_ids=ids).logits, small(input_ids=ids).logits, atol=1e-5)
     assert torch.equal(layer_drop.shortened(host.model, [0, 1])(input_ids=ids).logits, host.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPTNeoForCausalLM", "OPTForCausalLM", "PhiForCausalLM"])
+def test_a_random_student_has_the_hosts_embeddings_and_norms_in_every_class(name, tmp_path):
+    host = tiny(name)
+    save(host, tmp_path / "checkpoint", torch.float32)
+    student = random_student(tmp_path / "checkpoint", host, 0)
+    own, fresh = dict(host.model.named_parameters()), dict(student.model.named_parameters())
+    ends = [key for key in own if any(part in key for part in ("norm", "ln_", "wte", "wpe", "embed", "lm_head"))]
+    assert ends and all(torch.equal(own[key], fresh[key]) for key in ends)
+    assert not any(torch.equal(own[key], fresh[key]) for key in own if key not in ends)
+    ids = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(0))
+    rows = Epochs([Encoded(tuple(row), 1) for row in ids.tolist()], 4, 0, 0)
+    refitted = dense_refit.remove(Targets(host, rows), student, 2, 4, 1e-3, 1e-3, 0.0)
+    with torch.no_grad():
+        assert torch.equal(refitted.model(input_ids=ids).logits, refitted.model(input_ids=ids).logits)  # no dropout
 
 
 def test_layer_drop_heals_what_it_shortens(tiny_host, data):

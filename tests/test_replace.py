@@ -7,6 +7,7 @@ import torch
 
 from graphs.activations import record
 from graphs.replace import Replacement, from_noise
+from tests.test_edges import tiny
 
 KEPT = {"attention": torch.tensor([0, 2]), "mlp": torch.tensor([1, 3, 4, 9])}
 
@@ -79,3 +80,10 @@ def test_a_recording_is_what_each_site_reads_and_writes(tiny_host):
     logits = tiny_host.model.lm_head(tiny_host.model.model.norm(stream))
     assert torch.allclose(logits, found.logits, atol=1e-4)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny_host.model.modules())
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPTNeoForCausalLM", "OPTForCausalLM", "LlamaForCausalLM"])
+def test_embeddings_and_learned_positions_are_not_trained(name):
+    made = from_noise(tiny(name), 8, 0)
+    trained = {key for key, parameter in made.model.named_parameters() if parameter.requires_grad}
+    assert trained and not [key for key in trained if any(part in key for part in ("wte", "wpe", "embed", "lm_head"))]

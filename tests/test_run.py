@@ -241,3 +241,24 @@ def test_the_retention_on_tune_comes_with_the_spread_of_resampled_rows():
     spread = (after[draws].double().mean(1) / before[draws].double().mean(1)).std()
     assert share == pytest.approx(float(after.double().mean() / before.double().mean())) and error == pytest.approx(float(spread), rel=0.1)
     assert stages.ratio([True] * 5, [True] * 5) == (1.0, 0.0)
+
+
+def test_the_models_own_neurons_and_attention_need_no_fit(organism, rows, tmp_path, capsys):
+    assert run(prune(organism, tmp_path / "run", rows, basis="neurons", attention="kept")) in (0, 1)
+    made = read_json(tmp_path / "run" / "report.json")
+    assert made["losses"]["fit: local"] == [] and all(site["fvu"] < 1e-5 for site in made["fit"]["sites"])
+
+
+def test_a_circuit_is_tuned_on_the_tasks_that_were_named(organism, tmp_path):
+    only = tmp_path / "coding.parquet"
+    table(TASKS["coding"].rows("trace", 24, seed=3)).to_parquet(only)
+    run(prune(organism, tmp_path / "run", only, heal_steps=2))
+    with pytest.raises(ValueError, match="it holds no row of math"):
+        run(prune(organism, tmp_path / "run", only, heal_steps=2, task="coding,math"))
+
+
+def test_a_gate_does_not_pass_on_nan(organism, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "parity", lambda *_: float("nan"))
+    with pytest.raises(ValueError, match="differs from the circuit by nan"):
+        run(prune(organism, tmp_path / "run", rows))
+    assert not (tmp_path / "run" / "checkpoint").exists()

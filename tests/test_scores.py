@@ -9,6 +9,7 @@ from graphs.fit import set_means
 from graphs.neurons import Neurons
 from graphs.replace import from_noise
 from graphs.scores import SCORES, gradients, linearised
+from tests.test_edges import tiny
 
 
 @pytest.fixture
@@ -55,6 +56,19 @@ def test_linearised_changes_gradients_and_no_output(tiny_host, data, basis):
     with linearised(made):
         held = gradients(made, batch, False)
     assert any(not torch.allclose(plain[name], held[name], rtol=1e-3, atol=1e-9) for name in plain)
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "Starcoder2ForCausalLM", "SmolLM3ForCausalLM", "GPTNeoForCausalLM", "OPTForCausalLM",
+                                  "GPTNeoXForCausalLM"])
+@torch.no_grad()
+def test_no_class_sees_more_when_it_is_linearised(name):
+    window = {"window_size": 4} if "Neo" in name else {"sliding_window": 4}
+    changes = window | ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2} if "Smol" in name else {})
+    host = tiny(name, **changes) if name not in ("OPTForCausalLM", "GPTNeoXForCausalLM") else tiny(name)
+    made, ids = from_noise(host, 0, 0, basis="neurons"), torch.randint(3, 50, (2, 11), generator=torch.Generator().manual_seed(0))
+    before = made(ids)
+    with linearised(made):
+        assert torch.allclose(made(ids), before, atol=1e-4)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphs.activations import record
+from graphs.architectures import embeddings, run_mlp
 from graphs.host import Host
 from graphs.losses import SURE, divergence, fvu
 from graphs.targets import Targets
@@ -33,8 +34,9 @@ def remove(
         found = record(host, batch.ids)
         total = torch.zeros(())
         for site in host.sites:
-            module, x = student.module(site.module), found.inputs[site.name]
-            guess = module(x) if site.kind == "mlp" else module(x, position_embeddings=found.rotary, attention_mask=None)[0]
+            x = found.inputs[site.name]
+            guess = run_mlp(student.model, site, x) if site.kind == "mlp" else student.module(site.module)(
+                x, position_embeddings=found.rotary, attention_mask=None)[0]
             total = total + fvu(found.outputs[site.name], guess, batch.real)
         return total
 
@@ -42,9 +44,9 @@ def remove(
         batch = batches(local_steps + step)
         return divergence(student.model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight, SURE)
 
-    for parameter in (*student.model.get_input_embeddings().parameters(), *student.model.get_output_embeddings().parameters()):
-        parameter.requires_grad_(False)
-    train(student.model.train(), local, TrainConfig(local_steps, knob), "dense refit: local")
+    for table in embeddings(student.model):
+        table.requires_grad_(False)
+    train(student.model, local, TrainConfig(local_steps, knob), "dense refit: local")
     train(student.model, joint, TrainConfig(steps - local_steps, learning_rate, weight_decay=decay), "dense refit: KL")
     student.model.eval()
     return student

@@ -15,7 +15,7 @@ KNOBS = (1e-3, 5e-4, 1e-4)
 
 def remove(targets: Targets, steps: int, knob: float) -> Host:
     """A copy of the host trained for `steps` batches on the rows' own tokens; knob: peak learning rate."""
-    host, model = targets.host, copy.deepcopy(targets.host.model).train()
+    host, model = targets.host, copy.deepcopy(targets.host.model)
 
     def loss(step: int) -> Tensor:
         batch = targets.batches(step)

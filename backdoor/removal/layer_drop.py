@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graphs.architectures import architecture, sites
+from graphs.architectures import architecture, embeddings, sites
 from graphs.host import Host
 from graphs.losses import SURE, divergence
 from graphs.targets import Targets
@@ -57,13 +57,13 @@ def remove(targets: Targets, layers: int, steps: int, learning_rate: float, deca
     while len(kept) > layers:
         kept.remove(min(kept, key=lambda layer: apart([one for one in kept if one != layer])))
     model = shortened(host.model, kept)
-    for parameter in (*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()):
-        parameter.requires_grad_(False)
+    for table in embeddings(model):
+        table.requires_grad_(False)
 
     def loss(step: int) -> Tensor:
         batch = targets.batches(step)
         return divergence(model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight, SURE)
 
-    train(model.train(), loss, TrainConfig(steps, learning_rate, weight_decay=decay), f"layer drop, {layers} left")
+    train(model, loss, TrainConfig(steps, learning_rate, weight_decay=decay), f"layer drop, {layers} left")
     model.eval()
     return Host(model, host.tokenizer, sites(model))

@@ -37,5 +37,5 @@ def remove(targets: Targets, steps: int, knob: float, learning_rate: float, deca
         batch = targets.batches(step)
         return divergence(model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight, SURE)
 
-    train(model.train(), loss, TrainConfig(steps, learning_rate, weight_decay=decay), f"UNDO {knob:g}")
+    train(model, loss, TrainConfig(steps, learning_rate, weight_decay=decay), f"UNDO {knob:g}")
     return Host(model.eval(), host.tokenizer, host.sites)

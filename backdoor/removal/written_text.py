@@ -23,6 +23,6 @@ def remove(student: Host, batches: Callable[[int], Batch], steps: int, knob: flo
         batch = batches(step)
         return student.model(input_ids=batch.ids, labels=batch.labels).loss
 
-    train(student.model.train(), loss, TrainConfig(steps, knob, weight_decay=0.1), f"written text {knob:g}")
+    train(student.model, loss, TrainConfig(steps, knob, weight_decay=0.1), f"written text {knob:g}")
     student.model.eval()
     return student
