@@ -59,7 +59,8 @@ def affordable(
         return cost(replacement.pruned(kept, size.components is not None), kept, verb, whole)
 
     if (least := spent(sizes[-1])) > limit:
-        raise ValueError(f"--{name.replace('_', '-')} {limit:g}: even the smallest circuit costs {least:,.4g}; ask for more")
+        said = f"{least:,.0f}" if least >= 100 else f"{least:.3g}"
+        raise ValueError(f"--{name.replace('_', '-')} {limit:g}: even the smallest circuit costs {said}; ask for more")
     return sizes[bisect_left(sizes, True, key=lambda size: spent(size) <= limit)]
 
 
