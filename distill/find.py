@@ -13,7 +13,8 @@ from distill.report import visible
 from distill.runs import Opened, inspected
 from graphs.components import Components
 from graphs.edges import Reconstruction
-from graphs.find import STRENGTHS, Prompts, Report, find, padded
+from graphs.find import STRENGTHS, Report, find
+from graphs.prompts import Prompts, padded
 
 
 def run(verb: config.Find) -> int:

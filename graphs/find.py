@@ -32,14 +32,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from graphs.architectures import norm
-from graphs.batches import Encoded, collate
 from graphs.edges import Reconstruction, activations, factors, routed
 from graphs.graph import Index, index
 from graphs.intervene import Cut, Held, gradients, run
+from graphs.prompts import Prompts, paired
 
 STRENGTHS = (1.0, 2.0, 3.0, 4.0)
 """Tried by default."""
@@ -47,41 +47,6 @@ Level = Callable[[str], Tensor]
 """A site's activations by its name: "node" (means), or "row token node"."""
 Edge = tuple[tuple[str, int], tuple[str, int]]
 """(source, target), both (site name, node)."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts padded on the right. last: place of each one's last token."""
-
-    ids: Int[Tensor, "row token"]
-    real: Bool[Tensor, "row token"]
-    last: Int[Tensor, "row"]
-
-    def half(self, which: int) -> Prompts:
-        """Every second prompt."""
-        return Prompts(self.ids[which::2], self.real[which::2], self.last[which::2])
-
-    def answers(self, logits: Float[Tensor, "row token vocabulary"]) -> Int[Tensor, "row"]:
-        """The likeliest next token of each prompt."""
-        return self.final(logits).argmax(-1)
-
-    def final(self, logits: Float[Tensor, "row token vocabulary"]) -> Float[Tensor, "row vocabulary"]:
-        """Logits of what follows each prompt."""
-        return logits[torch.arange(len(self.last)), self.last]
-
-
-def padded(rows: Sequence[Sequence[int]], pad: int) -> Prompts:
-    """Token ids of several prompts as one rectangle."""
-    batch = collate([Encoded(tuple(row), len(row)) for row in rows], pad)
-    return Prompts(batch.ids, batch.real, batch.real.sum(1) - 1)
-
-
-def paired(present: Prompts, absent: Prompts) -> bool:
-    """Whether every prompt has a partner: line by line as many tokens, most of them the same."""
-    if len(present.last) != len(absent.last) or bool((present.last != absent.last).any()):
-        return False
-    same = ((present.ids == absent.ids) & present.real).sum(1) / present.real.sum(1)
-    return bool((same > 0.5).all())
 
 
 @dataclass(frozen=True)

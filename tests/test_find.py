@@ -10,8 +10,9 @@ import torch
 
 from distill.__main__ import main
 from graphs.edges import Reconstruction
-from graphs.find import Contrast, _case, distances, find, matched, padded, paired
+from graphs.find import Contrast, _case, distances, find, matched
 from graphs.host import save
+from graphs.prompts import padded, paired
 from tests.test_edges import neuron_basis, tiny
 
 ROOT = Path(__file__).parent.parent
