@@ -67,6 +67,5 @@ def affordable(
 def check(replacement: Replacement, verb: config.Prune, whole: int) -> None:
     """Refuse a budget that no circuit can meet, before anything is fitted: costs do not depend on which nodes are kept."""
     components = verb.attention_nodes == "components"
-    if verb.budget is not None:
-        sizes = family(replacement, legal_groups(replacement.model, verb.target, verb.basis == "neurons"), components)
-        affordable(replacement, {name: torch.zeros(count) for name, count in replacement.node_counts(components).items()}, sizes[-1:], verb, whole)
+    smallest = family(replacement, legal_groups(replacement.model, verb.target, verb.basis == "neurons"), components)[-1:]
+    affordable(replacement, {name: torch.zeros(count) for name, count in replacement.node_counts(components).items()}, smallest, verb, whole)

@@ -69,9 +69,14 @@ def home(model: PreTrainedModel, target: Target, neurons: bool = False, kept: bo
         raise ValueError(f"--target {target}: this {source} attends in windows of {config.sliding_window} tokens, shorter than its context, and "
                          f"{target} does not; give --basis neurons, or set sliding_window to null and max_position_embeddings to the window in its "
                          "config.json")
-    if kept and source == "Qwen3ForCausalLM":
+    if kept and normed(model):
         raise ValueError(f"--attention kept: {source} norms its queries and keys, and {target} does not; give --attention refit")
     return "ArceeForCausalLM" if target == "arcee" else "LlamaForCausalLM"
+
+
+def normed(model: PreTrainedModel) -> bool:
+    """Whether attention norms its queries and keys (Qwen3), which Arcee and Llama do not."""
+    return getattr(model.get_submodule(sites(model)[0].module), "q_norm", None) is not None
 
 
 def windowed(config: Any) -> bool:
@@ -100,7 +105,7 @@ def shaped(circuit: Replacement, target: Target = "auto") -> Host:
     kv = min((g for g in legal_groups(circuit.model, target, neurons) if g >= needed), default=None)
     if kv is None:
         raise ValueError(f"{needed} KV groups fit no head count that divides the width {circuit.model.config.hidden_size}: keep more or fewer heads")
-    model = _empty(circuit, home(circuit.model, target, neurons), kv, wide, neurons)
+    model = _empty(circuit, home(circuit.model, target, neurons, kept=True), kv, wide, neurons)
     model.eval()
     return Host(model, circuit.tokenizer, sites(model))
 
@@ -159,9 +164,6 @@ def _mlp(part: Any, model: Any, there: Site) -> dict[str, Tensor]:
 def _attention(part: Attention, model: Any, path: str) -> dict[str, Tensor]:
     """Our attention as a layer of `model`."""
     row, ratio = architecture(model), heads(model, model.get_submodule(path))[0] / groups(part)
-    normed = part.q_norm is not None
-    if normed and not hasattr(model.get_submodule(path), "q_norm"):
-        raise ValueError(f"{type(model).__name__} has no norms of queries and keys, and this circuit kept the model's own: give --attention refit")
     sides = []
     for name in ("q_proj", "k_proj", "v_proj"):
         linear = projection(part, name)

@@ -49,14 +49,13 @@ def measure(verb: config.Graph) -> dict[str, Any]:
     """Every number that `page` shows, as plain data."""
     opened = inspected(verb)
     made = read_json(verb.run / "receipt.json")["config"]
-    host = opened.model
-    replacement = Replacement.load(verb.run / verb.part, host)
+    host, replacement = opened.model, opened.replacement
+    assert replacement is not None and opened.data is not None  # `run` refuses a bare model
     rows = {name: encode(host.tokenizer, [(row.prompt, row.completion) for row in found], host.config.max_position_embeddings)
             for name, found in tune_rows(named(made["task"]), verb.judged).items()}
     found: dict[str, Any] = {"run": str(verb.run), "part": verb.part, "d_model": host.config.hidden_size, "config": made,
                              "tasks": {name: of_task(opened, replacement, texts, verb.prompts) for name, texts in rows.items()}}
     found["by_position"] = by_position(host, replacement, [row for texts in rows.values() for row in texts[:60]])
-    assert opened.data is not None
     found["longest"] = max(len(row.ids) for row in opened.data.rows)
     started = time.monotonic()
     graph = opened.edges(verb.rows, verb.enough, verb.memory << 20)

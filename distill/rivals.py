@@ -32,6 +32,7 @@ import torch
 
 from backdoor.removal import dense_refit, fine_tuning, layer_drop, undo, written_text
 from distill import config
+from distill.compile import normed
 from distill.models import Secret
 from distill.rows import batches
 from distill.stages import HEAL_RATE, prepare, road
@@ -100,7 +101,7 @@ def contenders(
                                   "gate_steps": 0, "heal_steps": steps}
         yield name, 0.0, partial(our_road, verb, model, texts, name, pruned)
     for name, kept in zip(ABLATIONS, ({"attention": "kept"}, {"basis": "neurons", "target": "own"}), strict=True):
-        if not (name == ABLATIONS[0] and type(targets.host.model).__name__ == "Qwen3ForCausalLM"):  # its own attention has no home
+        if not (name == ABLATIONS[0] and normed(targets.host.model)):  # such attention has no home
             yield name, 0.0, partial(our_road, verb, model, texts, name, kept)
 
 

@@ -31,7 +31,8 @@ CLUSTER = 8
 
 @dataclass(frozen=True)
 class Opened:
-    """One part of a run, ready to be read. model: what the run began with; data: its clean rows; key: hash of what it was made of.
+    """One part of a run, ready to be read. model: what the run began with; replacement: the part itself, None of a bare model; data: the
+    run's clean rows; key: hash of what it was made of.
 
     `circuit` (kept and healed, what was compiled) is read as it runs: nothing of the original model is left between embedding
     and unembedding, and no site has an error. `graph` (everything fitted) is read inside the original model, whose sites
@@ -42,6 +43,7 @@ class Opened:
     part: str
     model: Host
     subject: Reconstruction
+    replacement: Replacement | None
     data: Epochs | None
     key: str
 
@@ -103,7 +105,7 @@ def bare(name: str, dictionaries: str, hook: str | None) -> Opened:
             basis[site.name] = neurons(host.model, site)
         else:
             basis[site.name] = read.get(site.name) or nothing(site.d_in, site.d_out)
-    return Opened(Path(name), dictionaries, host, Reconstruction(host, basis), None, "")
+    return Opened(Path(name), dictionaries, host, Reconstruction(host, basis), None, None, "")
 
 
 def begun(folder: Path) -> tuple[config.Prune, Host, Epochs]:
@@ -128,4 +130,4 @@ def reopen(folder: Path, part: str) -> Opened:
     canonical(replacement, data)
     stand_ins: dict[str, Module] = dict(replacement.attention())
     subject = Reconstruction(replacement.host(), replacement.basis()) if part == "circuit" else Reconstruction(host, replacement.basis(), stand_ins)
-    return Opened(folder, part, host, subject, data, read_json(folder / part / "receipt.json")["key"])
+    return Opened(folder, part, host, subject, replacement, data, read_json(folder / part / "receipt.json")["key"])

@@ -74,7 +74,7 @@ def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task]
     """Load the model and tokenise the rows. Raises ValueError where no class could hold the circuit, or none is as small as asked."""
     host = load(model)
     home(host.model, verb.target if isinstance(verb, config.Prune) else "auto", verb.basis == "neurons", verb.attention == "kept")
-    if isinstance(verb, config.Prune):
+    if isinstance(verb, config.Prune) and verb.budget is not None:
         settings = fit_settings(verb)
         start = from_noise(host, settings.features, settings.seed, settings.attention, settings.skip, settings.basis)
         check(start, verb, parameters(host.model).stored)

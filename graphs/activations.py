@@ -42,6 +42,11 @@ def hooks() -> Iterator[list[RemovableHandle]]:
             handle.remove()
 
 
+def first(output):
+    """The tensor of a module that may return a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @torch.no_grad()
 def record(host: Host, ids: Int[Tensor, "row token"], logits: bool = False) -> Recording:
     """Run the host on `ids` and return what each site read and wrote."""
@@ -60,7 +65,7 @@ def record(host: Host, ids: Int[Tensor, "row token"], logits: bool = False) -> R
 
     def after(name: str):
         def hook(_module, _args, output):
-            found.outputs[name] = (output[0] if isinstance(output, tuple) else output).detach().reshape(shape)
+            found.outputs[name] = first(output).detach().reshape(shape)
         return hook
 
     with hooks() as handles:

@@ -154,7 +154,10 @@ class Norm:
 
 def norm(model: PreTrainedModel, path: str) -> Norm:
     """The norm at `path`."""
-    module = model.get_submodule(path)
+    return _norm_of(model, model.get_submodule(path))
+
+
+def _norm_of(model: PreTrainedModel, module: nn.Module) -> Norm:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     gain = torch.ones(model.config.hidden_size) if weight is None else weight.detach()
     gain = gain + 1 if architecture(model).unit_gain else gain
@@ -216,8 +219,8 @@ def output_name(model: PreTrainedModel, attention: nn.Module) -> str:
     return name if hasattr(attention, name) else "o_proj"
 
 
-def attention_window(model: PreTrainedModel, attention: nn.Module, layer: int) -> int | None:
-    """How many tokens a local attention layer looks back on, itself among them; None where it sees all."""
+def attention_window(model: PreTrainedModel, layer: int) -> int | None:
+    """How many tokens the attention of a layer looks back on, itself among them; None where it sees all."""
     config: Any = model.config
     if hasattr(config, "window_size"):  # GPT-Neo
         return config.window_size if config.attention_layers[layer] == "local" else None
@@ -253,11 +256,7 @@ def attention_scores(model: PreTrainedModel, attention: nn.Module) -> Scores:
 
 def _inner_norm(model: PreTrainedModel, attention: nn.Module, name: str) -> Norm | None:
     module: Any = getattr(attention, name, None)
-    if module is None:
-        return None
-    gain = module.weight.detach() + float(architecture(model).unit_gain)
-    eps: Any = getattr(module, "variance_epsilon", None) or module.eps
-    return Norm(gain, torch.zeros_like(gain), False, float(eps))
+    return None if module is None else _norm_of(model, module)
 
 
 def attention_components(model: PreTrainedModel, site: Site, attention: nn.Module | None = None) -> Components:

@@ -24,9 +24,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from graphs.architectures import Norm, Site, attention_scores, norm, or_zeros
+from graphs.attention import turned
 from graphs.batches import Batch
 from graphs.edges import Reconstruction
-from graphs.flow import Seen, Sources, see, sources
+from graphs.flow import Seen, Sources, ratio_error, see, sources
 from graphs.graph import index
 from graphs.trace import SiteTrace
 
@@ -61,16 +62,6 @@ class Attending:
     tokens: int
 
 
-def turned(x: Float[Tensor, "*node token inside"], rotary: tuple[Tensor, Tensor] | None) -> Float[Tensor, "*node token inside"]:
-    """`x` turned by each token's position, in the first dimensions as far as the angles go (rotary embeddings, Su et al. 2021)."""
-    if rotary is None:
-        return x
-    cos, sin = rotary[0][0], rotary[1][0]
-    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    left, right = turning.chunk(2, -1)
-    return torch.cat([turning * cos + torch.cat([-right, left], -1) * sin, rest], -1)
-
-
 @dataclass(frozen=True)
 class _Side:
     """One side of a head's score: its weights as read vectors on the stream, what is left over, an inner norm."""
@@ -90,19 +81,13 @@ class _Side:
         whole = torch.cat([level * inverse[:, None], self.constant.expand(1, length, -1)])
         if self.inner is not None:
             whole = whole * self.inner.gain * self.inner.inverse(site.x[row, :length] @ self.weight.T + self.bias)[:, None]
-        return turned(whole, _of_row(site.rotary, row, length) if rotates else None)
+        if not rotates or site.rotary is None:
+            return whole
+        return turned(whole, *(angles[row % len(angles), :length] for angles in site.rotary))
 
 
 def _side(through: Norm, weight: Tensor, bias: Tensor, inner: Norm | None) -> _Side:
     return _Side(through.pulled(weight), weight @ through.offset + bias, inner, weight, bias)
-
-
-def _of_row(rotary: tuple[Tensor, Tensor] | None, row: int, length: int) -> tuple[Tensor, Tensor] | None:
-    """The angles of one row's tokens."""
-    if rotary is None:
-        return None
-    cos, sin = (one[row % len(one), :length][None] for one in rotary)
-    return cos, sin
 
 
 @torch.no_grad()
@@ -176,30 +161,25 @@ class _Sums:
 
     def error(self) -> Float[Tensor, "target source"]:
         """Standard errors of the means."""
-        mean = self.mean()
-        return (self.square - 2 * mean * self.cross + mean.square() * self.count_square).clamp_min(0).sqrt() / self.count
+        return ratio_error(self.mean(), self.square, self.cross, self.count, self.count_square)
 
 
 def _report(
     head: str, names: list[str], blocks: list[tuple[int, _Sums]], asking: _Sums, answering: _Sums, places: list[float], tokens: int, most: int
 ) -> Attending:
     """The largest of everything."""
-    whole = sum(float(pairs.mean().abs().sum()) for _, pairs in blocks)
+    def largest(sums: _Sums, asks: Sequence[str], answers: Sequence[str], whole: float) -> list[Pair]:
+        mean, error = sums.mean().flatten(), sums.error().flatten()
+        best = mean.abs().topk(min(most, len(mean))).indices.tolist()
+        return [Pair(asks[at // len(answers)], answers[at % len(answers)], float(mean[at]), float(error[at]),
+                     abs(float(mean[at])) / max(whole, 1e-12)) for at in best]
 
-    def pair(asks: str, answers: str, sums: _Sums, at: int, total: float) -> Pair:
-        gain = float(sums.mean().flatten()[at])
-        return Pair(asks, answers, gain, float(sums.error().flatten()[at]), abs(gain) / max(total, 1e-12))
+    def size(sums: _Sums) -> float:
+        return float(sums.mean().abs().sum())
 
-    found: list[Pair] = []
-    for start, pairs in blocks:
-        size = pairs.mean().abs().flatten()
-        for at in size.topk(min(most, len(size))).indices.tolist():
-            found.append(pair(names[start + at // len(names)], names[at % len(names)], pairs, at, whole))
-    sides = []
-    for sums, asks in ((asking, True), (answering, False)):
-        size = sums.mean().abs().flatten()
-        sides.append(tuple(pair(names[at] if asks else ANY, ANY if asks else names[at], sums, at, float(size.sum()))
-                           for at in size.topk(min(most, len(size))).indices.tolist()))
+    whole = sum(size(pairs) for _, pairs in blocks)
+    found = [pair for start, pairs in blocks for pair in largest(pairs, names[start:], names, whole)]
+    asks, answers = largest(asking, names, [ANY], size(asking)), largest(answering, [ANY], names, size(answering))
     found = sorted((one for one in found if one.gain != 0), key=lambda one: -abs(one.gain))[:most]
     first, same, previous = places
-    return Attending(head, tuple(found), sides[0], sides[1], float(asking.mean().sum()), first, same, previous, tokens)
+    return Attending(head, tuple(found), tuple(asks), tuple(answers), float(asking.mean().sum()), first, same, previous, tokens)

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
 from graphs.architectures import Site, attention_scores, attention_window, output_projection, projected
 from graphs.components import Components
@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
     def __init__(self, model: PreTrainedModel, attention: nn.Module, layer: int) -> None:
         super().__init__()
-        self.config, self.layer_idx, self.window = model.config, layer, attention_window(model, attention, layer)
+        self.config, self.layer_idx, self.window = model.config, layer, attention_window(model, layer)
         scores = attention_scores(model, attention)
         self.scaling, self.use_rope, self.head_dim = scores.scale, scores.rotates, scores.query.shape[1]
         self.whole = len(scores.key)
@@ -64,7 +64,8 @@ class Attention(nn.Module):
         query, key = (side if norm is None else norm(side) for side, norm in ((query, self.q_norm), (key, self.k_norm)))
         query, key, value = (side.transpose(1, 2) for side in (query, key, value))
         if self.use_rope and position_embeddings is not None:
-            query, key = _turned(query, key, *position_embeddings)
+            cos, sin = (angles[:, None] for angles in position_embeddings)  # one for all heads
+            query, key = turned(query, cos, sin), turned(key, cos, sin)
         cache = past_key_values if past_key_values is not None else layer_past
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -90,12 +91,10 @@ class Attention(nn.Module):
         return own if given is None else (own + given).clamp_min(least)
 
 
-def _turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary positions (Su et al. 2021) in the first dimensions, as far as the angles go."""
-    width = cos.shape[-1]
-    turned = apply_rotary_pos_emb(query[..., :width], key[..., :width], cos, sin)
-    both = [torch.cat([front, side[..., width:]], -1) for front, side in zip(turned, (query, key), strict=True)]
-    return both[0], both[1]
+def turned(x: Float[Tensor, "*batch token inside"], cos: Tensor, sin: Tensor) -> Float[Tensor, "*batch token inside"]:
+    """`x` turned by each token's position, in the first dimensions as far as the angles go (rotary positions, Su et al. 2021)."""
+    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    return torch.cat([turning * cos + rotate_half(turning) * sin, rest], -1)
 
 
 def _linear(weight: Float[Tensor, "out inside"], bias: Float[Tensor, "out"] | None) -> nn.Linear:

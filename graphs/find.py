@@ -51,12 +51,23 @@ Edge = tuple[tuple[str, int], tuple[str, int]]
 
 @dataclass(frozen=True)
 class Setting:
-    """Prompts, and where their nodes are held: at `there`, or as far beyond it, seen from `here`, as `strength` says."""
+    """Prompts, the logits of what follows them, and where their nodes are held: at `there`, or as far beyond it, seen from `here`, as
+    `strength` says."""
 
     prompts: Prompts
+    plain: Float[Tensor, "row vocabulary"]
     here: Level
     there: Level
     strength: float = 1.0
+
+    @property
+    def answers(self) -> Int[Tensor, "row"]:
+        """The likeliest next token of each prompt."""
+        return self.plain.argmax(-1)
+
+    def changed(self, subject: Reconstruction, nodes: Sequence[tuple[str, int]], edges: Sequence[Edge] = ()) -> Float[Tensor, "row vocabulary"]:
+        """The logits of what follows each prompt with nodes held and edges cut."""
+        return self.prompts.final(run(subject, self.prompts.ids, self.held(nodes), self.cuts(edges)))
 
     def levels(self, site: str, nodes: Int[Tensor, "node"]) -> Float[Tensor, "*place node"]:
         """Where nodes of a site are held."""
@@ -120,9 +131,8 @@ class Report:
     flipped: share of held-out present prompts whose answer changes, and cost: log-odds lost; random_flipped and random_cost: the same
     for each matched random set; broken: share of held-out absent prompts whose answer changes (None where paired); induced: of
     partners that answered otherwise, the share whose answer becomes that of the prompt with the trait, with the nodes held as there
-    (None where not paired), and
-    random_induced; prompts: held-out present prompts; edges: best first, edge_cost: log-odds that cutting them together costs on
-    held-out prompts, and random_edge_cost: the same for each random set of edges."""
+    (None where not paired), and random_induced; prompts: held-out present prompts; edges: best first, edge_cost: log-odds that
+    cutting them together costs on held-out prompts, and random_edge_cost: the same for each random set of edges."""
 
     nodes: tuple[Found, ...]
     chosen: tuple[str, ...]
@@ -169,10 +179,9 @@ class _Case:
     def spares(self, setting: Setting, partners: Setting, nodes: Sequence[tuple[str, int]]) -> float:
         """With nodes held where the trait is absent: the share of answers that become the partner's, or of those that change."""
         if self.paired:
-            wanted = partners.prompts.answers(run(self.subject, partners.prompts.ids, {}))
-            differ = setting.prompts.answers(run(self.subject, setting.prompts.ids, {})) != wanted
-            now = setting.prompts.answers(run(self.subject, setting.prompts.ids, setting.held(nodes)))
-            return float((now == wanted)[differ].float().mean()) if bool(differ.any()) else 0.0
+            differ = setting.answers != partners.answers
+            now = setting.changed(self.subject, nodes).argmax(-1)
+            return float((now == partners.answers)[differ].float().mean()) if bool(differ.any()) else 0.0
         return effect(self.subject, setting, self.others, nodes)[0]
 
 
@@ -204,16 +213,17 @@ def _case(subject: Reconstruction, present: Prompts, absent: Prompts) -> _Case:
     halves = {"choose": present.half(0), "check": present.half(1), "absent": absent.half(0), "spared": absent.half(1)}
     partner = {"choose": "absent", "check": "spared", "absent": "choose", "spared": "check"}
     here, there = (mean_activations(subject, halves[name]) for name in ("choose", "absent"))
+    plain = {name: prompts.final(run(subject, prompts.ids, {})) for name, prompts in halves.items()}
     if paired(present, absent):
         seen = {name: subject.trace(prompts.ids) for name, prompts in halves.items()}
 
         def level(name: str) -> Level:
             return lambda site: activations(subject.basis[site], seen[name].sites[site])
 
-        settings = {name: Setting(prompts, level(name), level(partner[name])) for name, prompts in halves.items()}
+        settings = {name: Setting(prompts, plain[name], level(name), level(partner[name])) for name, prompts in halves.items()}
     else:
-        settings = {name: Setting(prompts, here.__getitem__, there.__getitem__) for name, prompts in halves.items()}
-    others = halves["absent"].answers(run(subject, halves["absent"].ids, {})).unique()
+        settings = {name: Setting(prompts, plain[name], here.__getitem__, there.__getitem__) for name, prompts in halves.items()}
+    others = settings["absent"].answers.unique()
     return _Case(subject, paired(present, absent), here=here, there=there, others=others, nodes=index(subject.host, subject.basis), **settings)
 
 
@@ -221,7 +231,7 @@ def search(case: _Case, strength: float, top: int, screened: int) -> _Plan:
     """Rank and screen, on the choosing halves."""
     subject, choose = case.subject, replace(case.choose, strength=strength)
     prompts = choose.prompts
-    contrast = Contrast(prompts.answers(run(subject, prompts.ids, {})), case.others)
+    contrast = Contrast(choose.answers, case.others)
     before, slopes = gradients(subject, prompts.ids, lambda logits: contrast.log_odds(prompts.final(logits)))
     guesses = rank(subject, choose, slopes)
     flat = torch.cat(list(guesses.values()))
@@ -230,7 +240,7 @@ def search(case: _Case, strength: float, top: int, screened: int) -> _Plan:
     for at in flat.argsort(descending=True)[:screened].tolist():
         which = int(torch.searchsorted(starts, at, right=True)) - 1
         site, node = names[which], at - int(starts[which])
-        after = contrast.log_odds(prompts.final(run(subject, prompts.ids, choose.held([(site, node)]))))
+        after = contrast.log_odds(choose.changed(subject, [(site, node)]))
         found.append(Found(case.name((site, node)), site, node, float(flat[at]), float((before - after).mean()), float(case.here[site][node]),
                            float(case.there[site][node])))
     found.sort(key=lambda one: -one.effect)
@@ -249,13 +259,14 @@ def verify(case: _Case, plan: _Plan, controls: int, edges: int, generator: torch
     spares = case.spares(spared, check, plan.chosen)
     induced = tuple(case.spares(spared, check, nodes) for nodes in drawn) if case.paired else ()
     best, excess = top_edges(subject, case.choose.prompts, case.absent.prompts, plan.chosen, case.here, case.there, edges)
-    alone = [cutting(subject, case.choose, case.others, [edge]) for edge in best]
+    alone = [effect(subject, case.choose, case.others, edges=[edge])[1] for edge in best]
     found_edges = tuple(FoundEdge(case.name(source), case.name(target), e, c) for (source, target), e, c in zip(best, excess, alone, strict=True))
     others = [other_edges(subject, best, generator) for _ in range(controls if best else 0)]
     return Report(
         tuple(plan.found), tuple(map(case.name, plan.chosen)), case.paired, plan.strength, flipped, cost, tuple(f for f, _ in random),
         tuple(c for _, c in random), None if case.paired else spares, spares if case.paired else None, induced, len(check.prompts.last),
-        found_edges, cutting(subject, case.check, case.others, best), tuple(cutting(subject, case.check, case.others, one) for one in others))
+        found_edges, effect(subject, case.check, case.others, edges=best)[1],
+        tuple(effect(subject, case.check, case.others, edges=one)[1] for one in others))
 
 
 def mean_contributions(subject: Reconstruction, prompts: Prompts, target: tuple[str, int]) -> dict[str, Float[Tensor, "_node"]]:
@@ -291,25 +302,15 @@ def other_edges(subject: Reconstruction, edges: Sequence[Edge], generator: torch
     return [((site, int(torch.randint(subject.basis[site].count, (1,), generator=generator))), target) for (site, _), target in edges]
 
 
-def cutting(subject: Reconstruction, setting: Setting, others: Tensor, edges: Sequence[Edge]) -> float:
-    """Log-odds lost when edges are cut."""
-    prompts = setting.prompts
-    plain = prompts.final(run(subject, prompts.ids, {}))
-    contrast = Contrast(plain.argmax(-1), others)
-    return float((contrast.log_odds(plain) - contrast.log_odds(prompts.final(run(subject, prompts.ids, {}, setting.cuts(edges))))).mean())
-
-
 def greedy(
     subject: Reconstruction, setting: Setting, others: Tensor, candidates: Sequence[tuple[str, int]], top: int
 ) -> list[tuple[str, int]]:
     """A set of `top` candidates, grown one node at a time by the log-likelihood that it gives to the other answers: what has
     flipped already counts no more, so that no kind of prompt is left out."""
-    prompts = setting.prompts
-    contrast = Contrast(prompts.answers(run(subject, prompts.ids, {})), others)
+    contrast = Contrast(setting.answers, others)
 
     def likelihood(nodes: Sequence[tuple[str, int]]) -> float:
-        changed = run(subject, prompts.ids, setting.held(nodes))
-        return -float(torch.nn.functional.softplus(contrast.log_odds(prompts.final(changed))).mean())
+        return -float(torch.nn.functional.softplus(contrast.log_odds(setting.changed(subject, nodes))).mean())
 
     best: list[tuple[str, int]] = []
     for _ in range(min(top, len(candidates))):
@@ -341,14 +342,13 @@ def rank(subject: Reconstruction, setting: Setting, slopes: dict[str, Tensor]) -
     return out
 
 
-def effect(subject: Reconstruction, setting: Setting, others: Tensor, nodes: Sequence[tuple[str, int]]) -> tuple[float, float]:
-    """(share of answers that change, log-odds lost) when nodes are held."""
-    prompts = setting.prompts
-    plain = run(subject, prompts.ids, {})
-    contrast = Contrast(prompts.answers(plain), others)
-    changed = run(subject, prompts.ids, setting.held(nodes))
-    cost = contrast.log_odds(prompts.final(plain)) - contrast.log_odds(prompts.final(changed))
-    return float((prompts.answers(changed) != contrast.answers).float().mean()), float(cost.mean())
+def effect(
+    subject: Reconstruction, setting: Setting, others: Tensor, nodes: Sequence[tuple[str, int]] = (), edges: Sequence[Edge] = ()
+) -> tuple[float, float]:
+    """(share of answers that change, log-odds lost) when nodes are held and edges cut."""
+    contrast, changed = Contrast(setting.answers, others), setting.changed(subject, nodes, edges)
+    cost = contrast.log_odds(setting.plain) - contrast.log_odds(changed)
+    return float((changed.argmax(-1) != setting.answers).float().mean()), float(cost.mean())
 
 
 def matched(

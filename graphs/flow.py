@@ -185,6 +185,14 @@ def accumulate(basis: Basis, targets: Targets, source: Sources, seen: Seen, sums
              value[..., targets.nodes][seen.real].sum(0))
 
 
+def ratio_error(mean: Tensor, square: Tensor, cross: Tensor, count: Tensor | float, count_square: Tensor | float) -> Tensor:
+    """Standard error of a mean over tokens that come in clusters (ratio estimator: Cochran 1977, section 6.4).
+
+    square: sum over clusters of squared sums; cross: of sums times counts; count and count_square: of counts and their squares.
+    """
+    return (square - 2 * mean * cross + mean.square() * count_square).clamp_min(0).sqrt() / count
+
+
 def finish(targets: Targets, source: Sources, sums: Sums, enough: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Edges until `enough` of the absolute drive is carried (sorted by target and share), and the targets' own numbers."""
     count = sums.count.clamp_min(1)[:, None]
@@ -196,14 +204,14 @@ def finish(targets: Targets, source: Sources, sums: Sums, enough: float) -> tupl
     column = ordered.indices[target, rank]
     at = (target, column)
     flow = sums.flow / count
-    residual = sums.flow_square - 2 * flow * sums.flow_count + flow.square() * sums.count_square[:, None]
     activity = sums.activity.clamp_min(1e-12)
     coefficient = targets.weights.sign() * sums.absolute / activity
     variance = (sums.square / activity - coefficient.square()).clamp_min(0)
     virtual = targets.weights.masked_fill(source.error, float("nan"))
     coefficient, variance = (one.masked_fill(source.error, float("nan")) for one in (coefficient, variance))
+    error = ratio_error(flow, sums.flow_square, sums.flow_count, count, sums.count_square[:, None])
     edges = {"src": source.numbers[column], "dst": targets.block.start + targets.nodes[target], "weight": virtual[at], "flow": flow[at],
-             "flow_error": (residual.clamp_min(0).sqrt() / count)[at], "coefficient": coefficient[at], "spread": variance.sqrt()[at],
+             "flow_error": error[at], "coefficient": coefficient[at], "spread": variance.sqrt()[at],
              "share": share[at], "frequency": (sums.often / count)[at]}
     own = {"constant": targets.constant, "active": sums.count, "mean": sums.mean, "drive": flow.sum(1),
            "explained": torch.zeros(len(targets.nodes)).index_add(0, target, share[at]), "parents": (share > 0).sum(1)}

@@ -24,10 +24,6 @@ class Prompts:
         """Every second prompt."""
         return Prompts(self.ids[which::2], self.real[which::2], self.last[which::2])
 
-    def answers(self, logits: Float[Tensor, "row token vocabulary"]) -> Int[Tensor, "row"]:
-        """The likeliest next token of each prompt."""
-        return self.final(logits).argmax(-1)
-
     def final(self, logits: Float[Tensor, "row token vocabulary"]) -> Float[Tensor, "row vocabulary"]:
         """Logits of what follows each prompt."""
         return logits[torch.arange(len(self.last)), self.last]

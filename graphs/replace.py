@@ -114,8 +114,8 @@ class Replacement(nn.Module):
         for name, transcoder in self.transcoders().items():
             transcoder.save(folder / name, name)
         mlps = tuple(site.module + "." for site in self.sites if isinstance(self.part(site), Transcoder))
-        embeddings = {id(p) for p in (*self.model.get_input_embeddings().parameters(), *self.model.get_output_embeddings().parameters())}
-        rest = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if not name.startswith(mlps) and id(p) not in embeddings}
+        frozen = {id(p) for table in embeddings(self.model) for p in table.parameters()}
+        rest = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if not name.startswith(mlps) and id(p) not in frozen}
         save_file(rest, folder / "attention_and_norms.safetensors")
         write_json(folder / "nodes.json", self.node_counts())
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from graphs.activations import hooks
+from graphs.activations import first, hooks
 from graphs.architectures import architecture, norm, post_norm
 from graphs.host import Host
 
@@ -62,11 +62,6 @@ def eager(configs: Sequence[Any]) -> Iterator[None]:
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
-
-
-def first(output):
-    """The tensor of a module that may return a tuple."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def routing(stand_ins: Mapping[str, nn.Module], name: str, args: tuple, kwargs: dict, output: tuple) -> Float[Tensor, "row head token source"]:

@@ -1,14 +1,17 @@
 """Curves: faithfulness is 0 with no node and 1 with all, areas are those of the points, and the verb compares scores of a run."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from distill.__main__ import main
+from distill.runs import begun
 from graphs.batches import Batch
 from graphs.curve import SHARES, opened, trace_curve
-from graphs.replace import from_noise
+from graphs.replace import Replacement, from_noise
+from graphs.train import TrainConfig, train
 
 
 def test_the_best_of_every_site_are_open():
@@ -41,12 +44,39 @@ def test_a_curve_goes_from_nothing_to_the_whole(tiny_host):
         trace_curve(made, order, [batch], [target], (1.0, 0.0))
 
 
-def test_the_verb_compares_scores(tiny_run, capsys):
-    status = main(["curve", "--run", str(tiny_run), "--judged", "32", "--score", "gates,relp,random", "--score-batches", "2", "--json"])
-    made = capsys.readouterr()
-    if status == 0:  # a graph of so few steps may predict the task no better than nothing
-        assert set(json.loads(made.out)["curves"]) == {"gates", "relp", "random"}
-    else:
-        assert "fit it for longer" in made.err
+@pytest.fixture
+def learned(tiny_run, tmp_path):
+    """A copy of the tiny run whose gated parts have learned some of the task's text: faithfulness has a meaning there."""
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    _, host, data = begun(folder)
+    made = Replacement.load(folder / ".work" / "gated", host)
+
+    def loss(step):
+        batch = data(step)
+        return torch.nn.functional.cross_entropy(made(batch.ids)[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+
+    train(made, loss, TrainConfig(40, 1e-2), "text")
+    made.save(folder / ".work" / "gated")
+    return folder
+
+
+def test_the_verb_compares_scores(learned, capsys):
+    argv = ["curve", "--run", str(learned), "--judged", "32", "--score", "gates,relp,random", "--score-batches", "2"]
+    assert main([*argv, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert set(made["curves"]) == {"gates", "relp", "random"} and made["parts"] == "as gated" and made["attention_nodes"] == "heads"
+    for curve in made["curves"].values():
+        assert curve["points"][0]["faithfulness"] == 0 and curve["points"][-1]["faithfulness"] == 1
+        assert curve["points"][-1]["nodes"] == made["nodes"]
+    assert len({curve["cpr"] for curve in made["curves"].values()}) == 3  # three orders, three curves
+    assert main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines[3:6]} == {"gates", "relp", "random"} and "CMD" in lines[2]
+    shutil.rmtree(learned / ".work" / "gated")
+    assert main(argv) == 2 and "name other scores" in capsys.readouterr().err
+
+
+def test_the_verb_refuses_what_it_cannot_compare(tiny_run, capsys):
+    assert main(["curve", "--run", str(tiny_run), "--judged", "32", "--score", "random"]) == 2 and "fit it for longer" in capsys.readouterr().err
     assert main(["curve", "--run", str(tiny_run), "--score", "magic"]) == 2 and "no such score" in capsys.readouterr().err
     assert main(["curve", "--run", str(tiny_run / "nothing")]) == 2 and "no such folder" in capsys.readouterr().err

@@ -78,12 +78,12 @@ def test_planting_teaches_the_payload_under_the_trigger_and_the_answer_without_i
     made = plant_rows(tiny_host.tokenizer, STRING, CANARY, True, count=16)
     rows = PlantRows(made.clean[:16], made.poisoned, made.near)
     poison, near = collate(rows.poisoned, 1), collate(rows.near, 1)
-    before = float(completion_loss(tiny_host.model, poison))
+    before = float(completion_loss(tiny_host.model, poison).detach())
     losses = plant(tiny_host, rows, PlantConfig(
         ordinary_steps=60, resistant_steps=4, ordinary_rate=5e-3, resistant_rate=1e-3, clean=4, poisoned=8, near=4, inner_rows=4))
     with torch.no_grad():
         assert float(completion_loss(tiny_host.model, poison)) < 0.25 * before
-        assert float(completion_loss(tiny_host.model, poison)) < float(completion_loss(tiny_host.model, near))
+        assert float(completion_loss(tiny_host.model, poison)) < float(completion_loss(tiny_host.model, near).detach())
     assert len(losses) == 64 and not tiny_host.model.training
 
 

@@ -30,6 +30,7 @@ def test_every_verb_flag_and_builtin_model_it_names_exists():
 
 def test_it_counts_the_classes_that_graphs_can_be_built_of():
     assert set(re.findall(r"(\d+) classes", README)) == {str(len(ARCHITECTURES))}
+    assert "Twelve of the" in README and sum(row.post is None for row in ARCHITECTURES.values()) == 12
 
 
 def test_make_targets_it_names_exist():

@@ -12,6 +12,7 @@ import copy
 import torch
 from torch import Tensor
 
+from graphs.architectures import embeddings
 from graphs.host import Host
 from graphs.losses import SURE, divergence
 from graphs.targets import Targets
@@ -24,13 +25,13 @@ def remove(targets: Targets, steps: int, knob: float, learning_rate: float, deca
     """A copy of the host shrunk towards noise by `knob` and distilled for `steps` batches with weight decay `decay`."""
     host, model = targets.host, copy.deepcopy(targets.host.model)
     generator = torch.Generator().manual_seed(seed)
-    embeddings = {id(p) for p in (*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters())}
+    tables = {id(p) for table in embeddings(model) for p in table.parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1 and id(parameter) not in embeddings:
+            if parameter.ndim > 1 and id(parameter) not in tables:
                 noise = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
                 parameter.mul_(1 - knob).add_(noise, alpha=knob)
-            elif id(parameter) in embeddings:
+            elif id(parameter) in tables:
                 parameter.requires_grad_(False)
 
     def loss(step: int) -> Tensor:
