@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -54,7 +54,7 @@ class Neurons(Transcoder):
         weights = {"w_enc": part.read, "b_enc": part.bias, "w_dec": part.write, "b_dec": found.constant}
         if isinstance(gate, Gated):
             weights |= {"w_gate": gate.read, "b_gate": gate.bias}
-        made._set(weights)
+        made.set_weights(weights)
         return made
 
     @property
@@ -84,21 +84,16 @@ class Neurons(Transcoder):
             self.activation, self.w_gate.detach(), self.b_gate.detach())
         return Dictionary((Part(self.w_enc.detach(), self.b_enc.detach(), self.w_dec.detach(), gate),), self.b_dec.detach())
 
-    def keep(self, kept: Int[Tensor, "kept"]) -> Neurons:
-        """The kept neurons; the mean contribution of the others moves into `b_dec`, where the class has it."""
-        small = Neurons(self.activation, len(kept), self.w_enc.shape[1], self.w_dec.shape[1], self.w_gate is not None, self.biased)
-        dropped = torch.ones(self.features, dtype=torch.bool)
-        dropped[kept] = False
-        held = {name: value for name, value in self._weights().items() if name != "b_dec"}
-        small._set({name: value[kept] for name, value in held.items()} | {"b_dec": self.b_dec + self.mean[dropped] @ self.w_dec[dropped]})
-        return small
+    def like(self, features: int) -> Neurons:
+        """An empty one of the same kind."""
+        return Neurons(self.activation, features, self.w_enc.shape[1], self.w_dec.shape[1], self.w_gate is not None, self.biased)
 
     def save(self, folder: Path, site: str) -> None:
         """Write neurons.safetensors, feature first, and cfg.json."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach().contiguous() for name, value in self._weights().items()}, folder / "neurons.safetensors")
+        save_file({name: value.contiguous() for name, value in self.weights().items()}, folder / "neurons.safetensors")
         write_json(folder / "cfg.json", {"architecture": KIND, "activation": self.activation, "biased": self.biased, "metadata": {"site": site}})
 
     @staticmethod
@@ -109,17 +104,8 @@ class Neurons(Transcoder):
         config, weights = read_json(folder / "cfg.json"), load_file(folder / "neurons.safetensors")
         (features, d_in), d_out = weights["w_enc"].shape, weights["w_dec"].shape[1]
         made = Neurons(config["activation"], features, d_in, d_out, "w_gate" in weights, config["biased"])
-        made._set(weights)
+        made.set_weights(weights)
         return made
-
-    def _weights(self) -> dict[str, Tensor]:
-        names = ("w_enc", "b_enc", "w_dec", "b_dec", "mean", "w_gate", "b_gate")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-    @torch.no_grad()
-    def _set(self, weights: dict[str, Tensor]) -> None:
-        for name, value in weights.items():
-            getattr(self, name).copy_(value)
 
 
 def read_mlp(folder: Path) -> Transcoder:

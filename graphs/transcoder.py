@@ -12,6 +12,7 @@ On disk a transcoder is a folder that `sae_lens.SAE.load_from_disk` opens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +21,11 @@ from torch import Tensor, nn
 
 from graphs.artifact import read_json, write_json
 from graphs.dictionary import Act, Dictionary, Gated, Identity, JumpReLU, Part, ReLU, TopK
+
+BY_FEATURE = ("w_enc", "b_enc", "w_dec", "mean", "w_gate", "b_gate")
+"""Weights whose first axis is the feature."""
+WHOLE = ("b_dec", "skip_in", "skip_out")
+"""The others."""
 
 
 class Transcoder(nn.Module):
@@ -79,18 +85,27 @@ class Transcoder(nn.Module):
             parts.append(Part(self.skip_in.detach(), self.b_enc.new_zeros(self.skip), self.skip_out.detach(), Identity()))
         return Dictionary(tuple(parts), self.b_dec.detach())
 
+    def like(self, features: int) -> Transcoder:
+        """An empty one of the same kind."""
+        return Transcoder(features, self.w_enc.shape[1], self.w_dec.shape[1], skip=self.skip)
+
     def keep(self, kept: Int[Tensor, "kept"]) -> Transcoder:
-        """A smaller transcoder of the kept features; the mean contribution of the others moves into `b_dec`."""
-        small = Transcoder(len(kept), self.w_enc.shape[1], self.w_dec.shape[1], skip=self.skip)
-        dropped = torch.ones(self.features, dtype=torch.bool)
+        """A smaller one of the kept features; the mean contribution of the others moves into `b_dec`."""
+        small, dropped = self.like(len(kept)), torch.ones(self.features, dtype=torch.bool)
         dropped[kept] = False
-        with torch.no_grad():
-            for name in ("w_enc", "b_enc", "w_dec", "mean"):
-                getattr(small, name).copy_(getattr(self, name)[kept])
-            for name in ("skip_in", "skip_out") if self.skip else ():
-                getattr(small, name).copy_(getattr(self, name))
-            small.b_dec.copy_(self.b_dec + self.mean[dropped] @ self.w_dec[dropped])
+        held = {name: value[kept] if name in BY_FEATURE else value for name, value in self.weights().items()}
+        small.set_weights(held | {"b_dec": self.b_dec + self.mean[dropped] @ self.w_dec[dropped]})
         return small
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every weight by its name, means included."""
+        return {name: value.detach() for name in (*BY_FEATURE, *WHOLE) if (value := getattr(self, name, None)) is not None}
+
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy weights in by their names."""
+        for name, value in weights.items():
+            getattr(self, name).copy_(value)
 
     def save(self, folder: Path, site: str) -> None:
         """Write sae_lens' transcoder format (cfg.json, sae_weights.safetensors; their axes put d_in and d_out outside), and beside it
@@ -119,12 +134,7 @@ class Transcoder(nn.Module):
         config, weights = read_json(folder / "cfg.json"), load_file(folder / "sae_weights.safetensors")
         own = load_file(folder / "means.safetensors")
         loaded = Transcoder(config["d_sae"], config["d_in"], config["d_out"], skip=len(own["skip_in"]) if "skip_in" in own else 0)
-        with torch.no_grad():
-            loaded.w_enc.copy_(weights["W_enc"].T)
-            for name, key in (("b_enc", "b_enc"), ("w_dec", "W_dec"), ("b_dec", "b_dec")):
-                getattr(loaded, name).copy_(weights[key])
-            for name, value in own.items():
-                getattr(loaded, name).copy_(value)
+        loaded.set_weights({"w_enc": weights["W_enc"].T, "b_enc": weights["b_enc"], "w_dec": weights["W_dec"], "b_dec": weights["b_dec"]} | own)
         return loaded
 
 
@@ -150,7 +160,5 @@ def of_dictionary(dictionary: Dictionary) -> Transcoder:
     """A transcoder that computes the same, to be healed and compiled. Raises ValueError as `relu_units` does."""
     whole = Dictionary(tuple(relu_units(part) for part in dictionary.parts), dictionary.constant)
     made = Transcoder(whole.count, whole.reads.shape[1], whole.writes.shape[1])
-    with torch.no_grad():
-        for name, value in (("w_enc", whole.reads), ("b_enc", whole.biases), ("w_dec", whole.writes), ("b_dec", whole.constant)):
-            getattr(made, name).copy_(value)
+    made.set_weights({"w_enc": whole.reads, "b_enc": whole.biases, "w_dec": whole.writes, "b_dec": whole.constant})
     return made
