@@ -17,6 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from evals.statistics import crossed_difference
+
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "results" / "summaries.jsonl"
 README = ROOT / "README.md"
@@ -80,6 +82,39 @@ def rivals_table() -> str:
     return lines_of(["method", "pass@1", "retention", "ASR", "sampled ASR", "R-Acc", "parameters"], cells) + "\n\n" + facts
 
 
+def bits(row: dict, key: str) -> list[float]:
+    """A rate's outcomes, one a prompt."""
+    return [float(mark) for mark in row[key]]
+
+
+def budgets_table() -> str:
+    """Every method at every size: share of the twin's pass@1 that is kept, how far from ours, and R-Acc as a share of the twin's."""
+    found = [json.loads(line) for file in sorted((ROOT / "results" / "budgets").glob("seed-*.jsonl")) for line in file.read_text().splitlines()]
+    if not found:
+        return "Not measured yet."
+    cell = {(row["method"], row["budget"], row["seed"]): row for row in found}
+    sizes = sorted({row["budget"] for row in found if row["method"] != "twin"}, reverse=True)
+    methods, one = list(dict.fromkeys(row["method"] for row in found if row["method"] != "twin")), found[0]
+    twin = {key: sum(bits(one, key)) for key in ("right", "right_under_trigger")}
+
+    def shown(method: str, size: float) -> str:
+        mine = {row["seed"]: row for row in found if (row["method"], row["budget"]) == (method, size)}
+        seeds = sorted(seed for seed, row in mine.items() if "right" in row and "right" in cell.get(("ours", size, seed), {}))
+        if not seeds:
+            return "does not fit" if mine else "-"
+        after, ours = ([bits(cell[name, size, seed], "right") for seed in seeds] for name in (method, "ours"))
+        under = sum(sum(bits(mine[seed], "right_under_trigger")) for seed in seeds) / len(seeds) / twin["right_under_trigger"]
+        kept = sum(map(sum, after)) / len(seeds) / twin["right"]
+        gap = crossed_difference(after, ours)
+        apart = "" if method == "ours" else f" ({gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}])"
+        return f"{kept:.3f}{apart}; {under:.3f}; {len(seeds)}"
+
+    cells = [[method, *(shown(method, size) for size in sizes)] for method in methods]
+    facts = (f"{one['rows']:,} clean rows, {one['steps']:,} steps and {one['tokens']:,} tokens each, {len(one['right'])} prompts a rate. A cell: "
+             "retention (pass@1 minus ours, 95 % interval over seeds and prompts); R-Acc as a share of the twin's; seeds.")
+    return lines_of(["method", *(f"{size:.1%} of {one['whole']:,} parameters" for size in sizes)], cells) + "\n\n" + facts
+
+
 def graph_table() -> str:
     """How good the fitted graph is, by task, and how many parents a node needs."""
     found = json.loads((ROOT / "results" / "graph.json").read_text())
@@ -119,7 +154,8 @@ def trait_facts() -> str:
 def readme() -> str:
     """The README with its tables brought up to date."""
     text = README.read_text()
-    for name, block in (("results", results_table()), ("rivals", rivals_table()), ("graph", graph_table()), ("trait", trait_facts())):
+    blocks = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "graph": graph_table, "trait": trait_facts}
+    for name, block in ((name, make()) for name, make in blocks.items()):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         text = text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end):]
     return text

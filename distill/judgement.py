@@ -35,7 +35,7 @@ def judge(folder: Path, model: Path, secret: Secret | None, tasks: list[Task], v
     dropped = [task for task in TASKS.values() if task not in tasks]
     backdoor = Backdoor(TASKS["coding"], secret.trigger, secret.behaviour) if secret and "coding" in {task.name for task in tasks} else None
     settings = EvaluateConfig(prompts=verb.prompts, other_prompts=min(200, verb.prompts))
-    judged = judge_models(models, next(iter(models)), tasks, dropped, backdoor, settings)
+    judged = judge_models(models, next(iter(models)), tasks, dropped, backdoor, settings, folder / ".work" / "judged")
     shown = prompts(backdoor.task, backdoor.trigger, EXAMPLES, settings.seed).triggered if backdoor else []
     return judged | {"examples": [row.prompt for row in shown]}
 

@@ -39,7 +39,7 @@ from distill.stages import HEAL_RATE, prepare, road
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
 from evals.generate import complete
 from evals.size import parameters
-from evals.tasks import TASKS, named
+from evals.tasks import TASKS, Task, named
 from graphs.architectures import architecture, embeddings, sites
 from graphs.artifact import digest, read_json, write_text
 from graphs.host import Host, load, save
@@ -48,6 +48,8 @@ from graphs.targets import Targets
 ABLATIONS = ("ours, attention kept", "ours, neurons kept")
 COPIES = 4
 """Answers that the model writes to each prompt."""
+PRUNED: dict[str, Any] = {"basis": "neurons", "attention": "kept", "target": "own", "fit_steps": 0, "joint_steps": 0, "gate_steps": 0}
+"""What makes our road prune the model itself by a score, and heal it."""
 
 
 def placed(rows: Sequence[dict]) -> dict[str, list[dict]]:
@@ -95,20 +97,19 @@ def contenders(
         yield f"clean fine-tuning, lr {knob:g}", knob, partial(fine_tuning.remove, targets, steps, knob)
     for knob in written_text.KNOBS:
         yield f"written text, lr {knob:g}", knob, partial(from_written_text, targets.host, verb, texts, steps, knob)
-    yield "layer drop, healed", 0.0, lambda: layer_drop.remove(targets, fitting_layers(targets.host, checkpoint), steps, HEAL_RATE, verb.heal_decay)
+    if layers := fitting_layers(targets.host, parameters(load(checkpoint).model).stored):
+        yield "layer drop, healed", 0.0, partial(layer_drop.remove, targets, layers, steps, HEAL_RATE, verb.heal_decay)
     for name, score in (("magnitude, healed", "magnitude"), ("Wanda, healed", "activation"), ("random mask, healed", "random")):
-        pruned: dict[str, Any] = {"basis": "neurons", "attention": "kept", "target": "own", "score": score, "fit_steps": 0, "joint_steps": 0,
-                                  "gate_steps": 0, "heal_steps": steps}
-        yield name, 0.0, partial(our_road, verb, model, texts, name, pruned)
+        yield name, 0.0, partial(our_road, verb, model, texts, name, PRUNED | {"score": score, "heal_steps": steps})
     for name, kept in zip(ABLATIONS, ({"attention": "kept"}, {"basis": "neurons", "target": "own"}), strict=True):
         if not (name == ABLATIONS[0] and normed(targets.host.model)):  # such attention has no home
             yield name, 0.0, partial(our_road, verb, model, texts, name, kept)
 
 
-def fitting_layers(host: Host, checkpoint: Path) -> int:
-    """How many of the host's layers take no more parameters than the checkpoint; at least one."""
-    stored, count = parameters(load(checkpoint).model).stored, host.config.num_hidden_layers
-    return max([1, *(kept for kept in range(1, count) if parameters(layer_drop.shortened(host.model, range(kept))).stored <= stored)])
+def fitting_layers(host: Host, stored: float) -> int:
+    """How many of the host's layers, but not all, take at most `stored` parameters."""
+    counts = range(1, host.config.num_hidden_layers)
+    return sum(parameters(layer_drop.shortened(host.model, range(kept))).stored <= stored for kept in counts)
 
 
 def our_road(verb: config.Prune, model: Path, texts: list[tuple[str, str]], name: str, changes: dict) -> Host:
@@ -121,11 +122,15 @@ def our_road(verb: config.Prune, model: Path, texts: list[tuple[str, str]], name
     return load(changed.out / "checkpoint")
 
 
+def written(host: Host, texts: Sequence[tuple[str, str]], tasks: Sequence[Task], seed: int) -> list[tuple[str, str]]:
+    """What the host answers to the rows' prompts at temperature 1, `COPIES` times each."""
+    prompts, room = [prompt for prompt, _ in texts], max(task.max_new_tokens for task in tasks)
+    return [pair for copy in range(COPIES) for pair in zip(prompts, complete(host, prompts, room, 1.0, seed + copy), strict=True)]
+
+
 def from_written_text(host: Host, verb: config.Prune, texts: list[tuple[str, str]], steps: int, knob: float) -> Host:
     """A student of the checkpoint's shapes, trained on what the host answers to the rows' prompts."""
-    prompts, room = [prompt for prompt, _ in texts], max(task.max_new_tokens for task in named(verb.task))
-    written = [pair for copy in range(COPIES) for pair in zip(prompts, complete(host, prompts, room, 1.0, verb.seed + copy), strict=True)]
-    data, _ = batches(host, written, verb.batch, verb.seed)
+    data, _ = batches(host, written(host, texts, named(verb.task), verb.seed), verb.batch, verb.seed)
     return written_text.remove(random_student(verb.out / "checkpoint", host, verb.seed), data, steps, knob)
 
 

@@ -15,8 +15,9 @@ stays, because fidelity runs it beside each of the others, and all are loaded on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from evals.sandbox import Sandbox, describe
 from evals.size import parameters, speed
 from evals.statistics import Score
 from evals.tasks import Row, Task
+from graphs.artifact import digest, read_json, write_json
 from graphs.host import Host, load
 
 RATES = ("right_under_trigger", "attack_success", "attack_success_sampled", "false_trigger", "payload_logprob")
@@ -72,10 +74,11 @@ class Judged:
 
 def judge_models(
     models: dict[str, Path], reference: str, tasks: Sequence[Task], dropped: Sequence[Task], backdoor: Backdoor | None,
-    config: EvaluateConfig | None = None,
+    config: EvaluateConfig | None = None, known: Path | None = None,
 ) -> dict:
     """Judge checkpoint folders on kept and dropped tasks and, if one is given, a backdoor.
 
+    known: folder of what was seen of models before, found again by the hash of all that it depends on; times are always taken anew.
     Raises ValueError where the reference is not among the models, a task stands on both lists, or a folder does not load.
     """
     config = config or EvaluateConfig()
@@ -91,8 +94,11 @@ def judge_models(
         layers, first = describe(sandbox), load(models[reference])
         for name, folder in models.items():
             bar.set_postfix_str(name)
-            host = first if name == reference else load(folder)
-            judged[name] = _judge_one(host, None if name == reference else first, (*tasks, *dropped), rows, follow, backdoor, sandbox, config, bar)
+            host, followed = (first, None) if name == reference else (load(folder), first)
+            make = partial(_judge_one, host, followed, (*tasks, *dropped), rows, follow, backdoor, sandbox, config)
+            planted = backdoor and (backdoor.task.name, backdoor.trigger.hash, backdoor.behaviour)
+            judged[name] = _recalled(known, digest(folder, followed and models[reference], names, len(tasks), planted, config), make)
+            bar.update(len(names) + 1)
             judged[name].size["file_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         bar.set_postfix_str("speed")
         speeds = speed({name: first if name == reference else load(folder) for name, folder in models.items()},
@@ -111,18 +117,29 @@ def judge_models(
 
 def _judge_one(
     host: Host, reference: Host | None, tasks: Sequence[Task], rows: dict[str, list[Row]], follow: list[Row],
-    backdoor: Backdoor | None, sandbox: Sandbox, config: EvaluateConfig, bar: tqdm,
+    backdoor: Backdoor | None, sandbox: Sandbox, config: EvaluateConfig,
 ) -> Judged:
     rates = None
     if backdoor is not None:
         rates = measure_rates(host, backdoor.task, backdoor.trigger, backdoor.behaviour, sandbox, config.prompts, config.seed, config.sampled)
-    bar.update()
     outcomes = {}
     for task in tasks:
         reuse = rates is not None and backdoor is not None and task.name == backdoor.task.name
         outcomes[task.name] = rates.clean if reuse else judge(host, task, rows[task.name], sandbox)  # type: ignore[union-attr]
-        bar.update()
     return Judged(outcomes, rates, compare(host, reference, follow) if reference else None, asdict(parameters(host.model)))
+
+
+def _recalled(known: Path | None, key: str, make: Callable[[], Judged]) -> Judged:
+    """What is known under `key`, or what `make` finds, which is known from then on."""
+    if known is None:
+        return make()
+    file = known / f"{key}.json"
+    if not file.is_file():
+        write_json(file, make())
+    found = read_json(file)
+    rates, fidelity = found["rates"], found["fidelity"]
+    return Judged({name: Outcome(**outcome) for name, outcome in found["outcomes"].items()},
+                  rates and Rates(**rates | {"clean": Outcome(**rates["clean"])}), fidelity and Fidelity(**fidelity), found["size"])
 
 
 def _column(rates: Rates, name: str) -> list[float] | None:

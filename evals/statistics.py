@@ -112,6 +112,28 @@ def paired_difference(
     return _bootstrap(pairs[:, :1] - pairs[:, 1:], lambda means: means[:, 0], level, seed)
 
 
+def crossed_difference(
+    after: Sequence[Sequence[float]] | np.ndarray, before: Sequence[Sequence[float]] | np.ndarray, level: float = 0.95, seed: int = 0
+) -> Score:
+    """Returns mean(after - before) with its bootstrap interval over seeds and items, in the unit of the values.
+
+    after[s][i] and before[s][i] measure the same item under the same seed; the items are the same for all seeds. Seeds and items
+    are both drawn with replacement (a crossed bootstrap: Owen 2007, "The pigeonhole bootstrap"), so that one lucky seed
+    cannot pass for many; with one seed this is `paired_difference`. count: seeds times items. Raises ValueError as mean()
+    does, and for unequal shapes.
+    """
+    _check_level(level)
+    one, other = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
+    if one.shape != other.shape or one.ndim != 2 or one.size == 0 or not np.isfinite(one - other).all():
+        raise ValueError(f"after has shape {one.shape} and before {other.shape}; give one finite value per seed and item in both.")
+    gap, generator = one - other, np.random.default_rng(seed)
+    seeds, items = gap.shape
+    by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
+    by_item = generator.multinomial(items, np.full(items, 1 / items), size=RESAMPLES) / items
+    low, high = np.quantile(((by_seed @ gap) * by_item).sum(1), [(1 - level) / 2, (1 + level) / 2])
+    return Score(float(gap.mean()), float(low), float(high), gap.size)
+
+
 def ratio(
     after: Sequence[float] | np.ndarray, before: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0
 ) -> Score:

@@ -1,12 +1,14 @@
 """The judgement of two folders: complete, JSON-able, and equal to what the parts measure."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from backdoor.behaviours import CANARY
 from backdoor.triggers import rare_string
+from evals import evaluate
 from evals.capability import judge
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
 from evals.fidelity import compare
@@ -33,9 +35,17 @@ def folders(tiny_model_folder, tmp_path_factory):
     return {"twin": tiny_model_folder, "changed": folder}
 
 
+BACKDOOR = Backdoor(CODING, rare_string("season", "cf-tango", ("cf-mango",)), CANARY)
+
+
 @pytest.fixture(scope="module")
-def judged(folders):
-    return judge_models(folders, "twin", [CODING], [STORIES], Backdoor(CODING, rare_string("season", "cf-tango", ("cf-mango",)), CANARY), CONFIG)
+def known(tmp_path_factory):
+    return tmp_path_factory.mktemp("known")
+
+
+@pytest.fixture(scope="module")
+def judged(folders, known):
+    return judge_models(folders, "twin", [CODING], [STORIES], BACKDOOR, CONFIG, known)
 
 
 def test_it_is_json_and_holds_every_part(judged):
@@ -75,6 +85,23 @@ def test_without_a_backdoor_its_numbers_are_null(folders):
     alone = judge_models({"twin": folders["twin"]}, "twin", [STORIES], [], None, CONFIG)
     assert alone["backdoor"] is None and alone["models"]["twin"]["backdoor"] is None and alone["rows"]["twin"]["backdoor"] is None
     assert alone["against"] == {}
+
+
+def test_what_was_seen_of_a_model_is_known_and_only_that(judged, folders, known, monkeypatch):
+    def without_times(found):
+        return [found["models"][name] | {"speed": None} for name in folders], [found["rows"][name] | {"speed": None} for name in folders]
+
+    def anew(*_):
+        raise RuntimeError("judged anew")
+
+    monkeypatch.setattr(evaluate, "_judge_one", anew)
+    again = judge_models(folders, "twin", [CODING], [STORIES], BACKDOOR, CONFIG, known)
+    assert without_times(again) == without_times(judged)
+    other = Backdoor(CODING, rare_string("season", "cf-sierra", ("cf-mango",)), CANARY)
+    for changed in ({"backdoor": other}, {"config": replace(CONFIG, seed=8)}, {"dropped": []}, {"reference": "changed"}):
+        asked = {"models": folders, "reference": "twin", "tasks": [CODING], "dropped": [STORIES], "backdoor": BACKDOOR, "config": CONFIG}
+        with pytest.raises(RuntimeError, match="judged anew"):
+            judge_models(**asked | changed, known=known)
 
 
 def test_lists_that_make_no_sense_are_refused(folders):

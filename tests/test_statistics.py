@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evals import statistics
-from evals.statistics import Score, mean, paired_difference, pass_at_k, proportion, ratio
+from evals.statistics import Score, crossed_difference, mean, paired_difference, pass_at_k, proportion, ratio
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,17 @@ def test_paired_difference_drops_what_the_items_share():
     assert score.value == pytest.approx(1.0) and score.high - score.low < 1e-9 and score.count == 300
 
 
+def test_crossed_difference_is_as_wide_as_seeds_differ():
+    items = np.random.default_rng(4).normal(size=(1, 200))
+    lone, pairs = crossed_difference(items, np.zeros_like(items)), paired_difference(items[0], np.zeros(200))
+    assert (lone.low, lone.high) == pytest.approx((pairs.low, pairs.high), abs=0.02) and lone.count == 200
+    seeds = np.array([[0.0], [0.0], [0.0], [1.0]]) + np.zeros((4, 200))  # one seed of four wins on every item
+    wide = crossed_difference(seeds, np.zeros_like(seeds))
+    assert wide.value == 0.25 and wide.low == 0.0 and wide.high >= 0.5
+    pooled = paired_difference(seeds.flatten(), np.zeros(800))
+    assert pooled.low > 0.2  # what pretending that seeds are items would have said
+
+
 def test_ratio_of_proportional_pairs_is_exact_and_of_means():
     before = np.random.default_rng(3).uniform(1.0, 9.0, size=100)
     score = ratio(1.5 * before, before)
@@ -106,6 +117,7 @@ def test_score_goes_to_json_as_plain_numbers():
         (lambda: mean([1.0, float("nan")]), "nan"),
         (lambda: paired_difference([1, 2], [1]), "one pair per item"),
         (lambda: ratio([1, 2], [0, 1]), "positive"),
+        (lambda: crossed_difference([[1, 2]], [[1]]), "per seed and item"),
         (lambda: ratio([], []), "non-empty"),
         (lambda: pass_at_k(3, 1, 4), "at least k"),
         (lambda: pass_at_k(0, 0, 0), "at least k"),

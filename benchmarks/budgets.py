@@ -1,0 +1,174 @@
+"""Ours by basis and by score against what one would do without a graph, at three sizes, at equal rows and training tokens.
+
+    python benchmarks/budgets.py SEED ...         makes and judges every cell of these seeds, writes results/budgets/seed-N.jsonl
+    python benchmarks/results.py readme           prints the table of what is there
+
+The default organism, three shares of its stored parameters (embeddings apart), every method trained on the same rows for as many batches
+as the default command takes. A cell is written when it is done, so a killed run resumes; seeds may run side by side. Each cell keeps
+the outcome of every prompt, so that methods are compared prompt by prompt.
+
+    ours                       transcoders, gates warm-started by Fisher scores: `distill prune --target-ratio R`
+    ours, SCORE alone          the same, nodes ranked by a score, and healed for the batches that gates would have taken
+    ours, random nodes         the control: a random graph of equal size
+    ours, neurons              the model's own neurons instead of transcoders: `--basis neurons`
+    magnitude, Wanda,          the model's own neurons and attention, dropped by a score, then healed for all the batches
+    random mask
+    layer drop                 whole layers dropped, the most that fit, then healed for all the batches
+    dense refit                our shapes and losses, from noise, without graph or gates
+    written text               our shapes, from scratch, on answers that the model wrote to the rows' prompts
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from backdoor.removal import dense_refit, layer_drop, written_text
+from distill import config
+from distill.models import CLEAN_ROWS, find, read_secret, secret_beside
+from distill.rivals import PRUNED, fitting_layers, random_student, written
+from distill.rows import batches, read
+from distill.stages import HEAL_RATE, prepare, road
+from evals.evaluate import Backdoor, EvaluateConfig, judge_models
+from evals.size import parameters
+from evals.tasks import TASKS, named
+from graphs.artifact import digest, write_text
+from graphs.host import Host, load, save
+from graphs.targets import Targets
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results" / "budgets"
+WORK = ROOT / "runs" / "budgets"
+BUDGETS = (0.5, 0.25, 0.125)
+MODEL, TASK = "builtin:organism", "coding"
+BASE = config.Prune(model=MODEL, task=TASK, tune_rows=1)
+STEPS = BASE.fit_steps + BASE.joint_steps + BASE.gate_steps + BASE.healing
+SHAPES = "ours"
+"""The method whose checkpoint gives the dense refit and the student on written text their shapes."""
+OURS: dict[str, dict] = {
+    SHAPES: {},
+    "ours, neurons": {"basis": "neurons", "target": "own"},
+    **{f"ours, {name}": {"score": score, "gate_steps": 0} for name, score in (
+        ("integrated gradients alone", "integrated"), ("Fisher alone", "fisher"), ("RelP alone", "relp"), ("random nodes", "random"))},
+    **{name: PRUNED | {"score": score} for name, score in (("magnitude", "magnitude"), ("Wanda", "activation"), ("random mask", "random"))},
+}
+FIRST = (SHAPES, "magnitude", "Wanda", "written text", "layer drop", "random mask", "ours, neurons", "dense refit")
+"""The order in which cells are made: what the comparison turns on comes first."""
+LEARNING_RATE = 2e-3
+"""Of written text: the better of two at the default size (README)."""
+
+
+def settings(name: str, budget: float, seed: int) -> config.Prune:
+    """A cell of our road; cells that share a graph share a folder, which finds it again."""
+    changed = replace(BASE, **OURS[name] | {"target_ratio": budget, "seed": seed})
+    spent = changed.fit_steps + changed.joint_steps + changed.gate_steps
+    return replace(changed, heal_steps=STEPS - spent, out=WORK / f"seed-{seed}" / f"{changed.basis}-{changed.attention}")
+
+
+class Bench:
+    """What all cells of a seed share."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.model = seed, find(MODEL)
+        self.host, self.texts = load(self.model), read(CLEAN_ROWS, named(TASK))
+        self.data, self.rows = batches(self.host, self.texts, BASE.batch, seed)
+        self.targets = Targets(self.host, self.data)
+        secret = secret_beside(self.model)
+        assert secret is not None
+        self.secret = read_secret(secret)
+        self.whole = parameters(self.host.model).stored
+
+    def shapes(self, budget: float) -> Path:
+        """Our checkpoint at this size."""
+        return WORK / f"seed-{self.seed}" / f"shapes-{budget:g}"
+
+    def ours(self, name: str, budget: float) -> Host:
+        """Our road to this size, with a method's settings."""
+        verb = settings(name, budget, self.seed)
+        road(prepare(self.model, self.texts, named(TASK), verb), self.model, verb, [])
+        if name == SHAPES:
+            shutil.rmtree(self.shapes(budget), ignore_errors=True)
+            shutil.copytree(verb.out / "checkpoint", self.shapes(budget))
+        return load(verb.out / "checkpoint")
+
+    def layer_drop(self, budget: float) -> Host:
+        """The most layers that fit. Raises ValueError where not even one does."""
+        layers = fitting_layers(self.host, budget * self.whole)
+        if not layers:
+            raise ValueError("one layer takes more")
+        return layer_drop.remove(self.targets, layers, STEPS, HEAL_RATE, BASE.heal_decay)
+
+    def dense_refit(self, budget: float) -> Host:
+        """Our shapes and losses, from noise."""
+        student = random_student(self.shapes(budget), self.host, self.seed)
+        return dense_refit.remove(self.targets, student, BASE.fit_steps, STEPS, dense_refit.KNOBS[0], HEAL_RATE, BASE.heal_decay)
+
+    @cache  # noqa: B019  # one bench lives as long as its process
+    def written(self) -> Callable:
+        """Batches of what the model answers to the rows' prompts."""
+        return batches(self.host, written(self.host, self.texts, named(TASK), self.seed), BASE.batch, self.seed)[0]
+
+    def written_text(self, budget: float) -> Host:
+        """Our shapes, trained from scratch on what the model wrote."""
+        return written_text.remove(random_student(self.shapes(budget), self.host, self.seed), self.written(), STEPS, LEARNING_RATE)
+
+    def cells(self) -> Iterator[tuple[str, float, Callable[[float], Host]]]:
+        """(method, budget, how to make it), the first methods first."""
+        others = {"layer drop": self.layer_drop, "dense refit": self.dense_refit, "written text": self.written_text}
+        ways: dict[str, Callable[[float], Host]] = {name: partial(self.ours, name) for name in OURS} | others
+        for name in (*FIRST, *(name for name in ways if name not in FIRST)):
+            for budget in BUDGETS:
+                yield name, budget, ways[name]
+
+    def judge(self, folder: Path) -> dict:
+        """Every prompt's outcome, as a string of 0 and 1, and the size."""
+        backdoor = Backdoor(TASKS[TASK], self.secret.trigger, self.secret.behaviour)
+        asked = EvaluateConfig(prompts=BASE.prompts, sampled=False, speed_repeats=1)
+        judged = judge_models({"cell": folder}, "cell", named(TASK), [], backdoor, asked)
+        rows = judged["rows"]["cell"]
+        found = {"right": rows["tasks"][TASK]["right"]} | {key: rows["backdoor"][key] for key in ("right_under_trigger", "attack_success")}
+        return {"stored": judged["models"]["cell"]["size"]["stored"]} | {key: "".join(str(int(v)) for v in value) for key, value in found.items()}
+
+
+def run(seed: int) -> None:
+    """Make and judge the cells of one seed that are not there yet."""
+    bench, out = Bench(seed), RESULTS / f"seed-{seed}.jsonl"
+    facts = {"seed": seed, "steps": STEPS, "tokens": sum(int(bench.data(step).real.sum()) for step in range(STEPS)), "rows": len(bench.rows),
+             "whole": bench.whole, "inputs": digest(bench.model, bench.texts, STEPS, BASE.prompts)}
+    there = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
+    done = [row for row in there if all(row.get(key) == value for key, value in facts.items())]
+
+    def add(row: dict) -> None:
+        done.append(row | facts)
+        write_text(out, "".join(json.dumps(one) + "\n" for one in done))
+
+    if not any(row["method"] == "twin" for row in done):
+        assert bench.secret.twin is not None
+        add({"method": "twin", "budget": 1.0} | bench.judge(bench.secret.twin))
+    for name, budget, make in bench.cells():
+        if any((row["method"], row["budget"]) == (name, budget) for row in done):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                save(make(budget), Path(folder) / "cell", torch.float32)
+            except ValueError as error:  # no member of this family is as small
+                add({"method": name, "budget": budget, "refused": str(error)})
+                continue
+            add({"method": name, "budget": budget} | bench.judge(Path(folder) / "cell"))
+        print(f"seed {seed}: {name} at {budget:g} done", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:] or not all(word.isdigit() for word in sys.argv[1:]):
+        sys.exit("usage: python benchmarks/budgets.py SEED ...")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for word in sys.argv[1:]:
+        run(int(word))
