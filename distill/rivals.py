@@ -40,7 +40,7 @@ from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
 from evals.generate import complete
 from evals.size import parameters
 from evals.tasks import TASKS, named
-from graphs.architectures import architecture, embeddings, sites
+from graphs.architectures import architecture, embeddings, shortened, sites
 from graphs.artifact import digest, read_json, write_text
 from graphs.host import Host, load, save
 from graphs.targets import Targets
@@ -108,7 +108,7 @@ def contenders(
 def fitting_layers(host: Host, checkpoint: Path) -> int:
     """How many of the host's layers take no more parameters than the checkpoint; at least one."""
     stored, count = parameters(load(checkpoint).model).stored, host.config.num_hidden_layers
-    return max([1, *(kept for kept in range(1, count) if parameters(layer_drop.shortened(host.model, range(kept))).stored <= stored)])
+    return max([1, *(kept for kept in range(1, count) if parameters(shortened(host.model, range(kept))).stored <= stored)])
 
 
 def our_road(verb: config.Prune, model: Path, texts: list[tuple[str, str]], name: str, changes: dict) -> Host:
