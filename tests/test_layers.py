@@ -13,6 +13,8 @@ from evals.size import parameters
 from graphs.absorb import absorbed, moments
 from graphs.activations import first, hooks
 from graphs.architectures import ARCHITECTURES, architecture
+from graphs.batches import Batch
+from graphs.curve import trace_curve
 from graphs.fit import distill, quality
 from graphs.host import load, save
 from graphs.prune import PruneConfig, family, inside, kept_nodes, learn_gates, within
@@ -167,3 +169,15 @@ def test_a_part_whose_layer_was_numbered_anew_is_held_against_its_own():
     found = quality(host, small, targets_of(host).batches, 1)
     assert [site["name"] for site in found["sites"]] == ["L0.attention", "L0.mlp", "L1.attention", "L1.mlp"]
     assert all(site["fvu"] < 1e-6 for site in found["sites"])
+
+
+def test_a_curve_opens_layers_with_their_heads():
+    host = deep("LlamaForCausalLM")
+    whole, start = from_noise(host, 0, 0, "kept", basis="layers"), targets_of(host).batches(0).ids[:, :2]
+    ids = host.model.generate(start, max_new_tokens=12, do_sample=False, eos_token_id=None)  # text that the whole finds likely
+    every = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        logits = host.model(input_ids=ids).logits
+    order = {name: torch.rand(count) for name, count in whole.node_counts().items()}
+    curve = trace_curve(whole, order, [Batch(ids, every, every)], [logits], (0.0, 0.5, 1.0))
+    assert [point.nodes for point in curve.points] == [0, 6, 12] and curve.points[0].kl > curve.points[-1].kl == pytest.approx(0, abs=1e-5)
