@@ -3,7 +3,7 @@
     --target-params N      stored parameters, embeddings apart
     --target-ratio R       the same as a share of the model's own
     --target-memory MB     bytes of all weights in float32, embeddings included
-    --target-nodes N       features (or neurons), and heads or their components, that are kept
+    --target-nodes N       features (or neurons, or whole layers), and heads or their components, that are kept
 
 Stored counts are the compiled class's: padding to the widest layer and units that a skip or a class adds are in them.
 """
@@ -67,5 +67,5 @@ def affordable(
 def check(replacement: Replacement, verb: config.Prune, whole: int) -> None:
     """Refuse a budget that no circuit can meet, before anything is fitted: costs do not depend on which nodes are kept."""
     components = verb.attention_nodes == "components"
-    smallest = family(replacement, legal_groups(replacement.model, verb.target, verb.basis == "neurons"), components)[-1:]
+    smallest = family(replacement, legal_groups(replacement.model, verb.target, verb.basis != "features"), components)[-1:]
     affordable(replacement, {name: torch.zeros(count) for name, count in replacement.node_counts(components).items()}, smallest, verb, whole)

@@ -7,7 +7,8 @@ A ReLU transcoder *is* a stock MLP (a direction of a linear skip is two units of
     llama      LlamaForCausalLM    0, 1             w_enc, b_enc    w_dec', b_dec     (1.5x the MLP parameters, runs more widely)
     own        the source's        w_enc, b_enc     (0, 1: SmolLM3) w_dec', b_dec     with its activation set to relu
 
-The neuron basis compiles into the source's own class as it is, with fewer neurons (`own`, its only target).
+The neuron basis compiles into the source's own class as it is, with fewer neurons (`own`, its only target); the coarse one too, with
+all neurons and fewer layers.
 Sources without a home for biases move: Mistral, Qwen2 and Qwen3 become Arcee or Llama (Qwen3's norms of queries and keys are not
 refitted). `auto` takes Arcee where the source can move there, else the source's own class. Kept KV groups are the rows left in
 q, k, v and the columns left in o where the class lets head counts shrink at a fixed head width; elsewhere dropped heads are zeros.

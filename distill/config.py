@@ -30,8 +30,9 @@ class Fit:
     """Batches of the end-to-end fit (all sites swapped in)."""
     sparsity: float = 2e-3
     """Weight of the sparsity penalty (--basis features)."""
-    basis: Literal["features", "neurons"] = "features"
-    """What stands for MLPs: sparse transcoders fitted from noise, or the model's own neurons, pruned but not refitted."""
+    basis: Literal["features", "neurons", "layers"] = "features"
+    """What stands for MLPs: sparse transcoders fitted from noise, or the model's own neurons, pruned but not refitted; layers: all neurons
+    stay, and whole layers are dropped beside heads."""
     skip: int = 0
     """Rank of a linear skip in each transcoder (never pruned; compiles into two units a rank)."""
     attention: Literal["refit", "kept"] = "refit"
@@ -55,7 +56,7 @@ class Prune(Fit):
     target_memory: float | None = None
     """Instead of --keep: MB that all weights take in float32, embeddings included."""
     target_nodes: int | None = None
-    """Instead of --keep: nodes in the circuit (features, and heads or components)."""
+    """Instead of --keep: nodes in the circuit (features, neurons or layers, and heads or components)."""
     target: Literal["auto", "arcee", "llama", "own"] = "auto"
     """Class of the checkpoint: Arcee, Llama with relu (1.5x the MLP parameters, runs more widely), or the model's own with relu; auto:
     Arcee where the model can move there, else its own."""
@@ -292,8 +293,12 @@ def check(verb: Any) -> None:
         share = getattr(verb, name, None)
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"--{name} {share:g}: give a share above 0 and up to 1")
-    if getattr(verb, "basis", None) == "neurons" and verb.skip:
-        raise ValueError("--skip belongs to --basis features: neurons are the MLP itself")
+    basis = getattr(verb, "basis", "features")
+    if basis != "features" and verb.skip:
+        raise ValueError(f"--skip belongs to --basis features: with --basis {basis} the model's own neurons are the MLP itself")
+    if basis == "layers" and getattr(verb, "attention_nodes", "heads") == "components":
+        raise ValueError("--attention-nodes components does not go with --basis layers, which drops whole heads: give --attention-nodes heads, "
+                         "or --basis neurons")
     given = [f"--{name.replace('_', '-')}" for name in ("keep", *BUDGETS) if getattr(verb, name, None) is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other: give the share to keep or one size, not both")

@@ -229,7 +229,7 @@ def size_curve(report: dict) -> dict | None:
     across = Scale(low, high, 44, WIDE - 12, log)
     up = Scale(*_around([v for p in points for v in _ends(p["metric"])] + [v for _, v in levels]), 258, 24)
     for point in points:
-        parts = [f"{point['params']:,} parameters"]
+        parts = [f"{point['params']:,} parameters"] + ([f"{point['layers']} layers"] if isinstance(point.get("layers"), int) else [])
         parts += [f"{point[key]:,} {key} a layer" for key in ("heads", "features") if isinstance(point.get(key), int)]
         point["tip"] = f"{', '.join(parts)}: {_said(point['metric'])}" + (", chosen" if point.get("chosen") else "")
         point["label"] = f"{point['share']:.0%}" if value_of(point.get("share")) is not None else ""

@@ -33,6 +33,9 @@ def _run_folder(verb: config.Evaluate) -> int:
     settings = config.Prune(**config.from_mapping(config.Prune, made["config"], str(folder / "report.json")) | {"out": folder})
     model = find(settings.model)
     secret = _secret(verb, model)
+    if verb.rivals and settings.basis == "layers":
+        raise ValueError("--rivals: the dense refit stands in for the model layer by layer, and a run of --basis layers has dropped some; give a run "
+                         "of --basis features or neurons")
     with locked(folder):
         if verb.rivals:
             texts = read(settings.rows or CLEAN_ROWS, named(settings.task))

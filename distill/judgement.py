@@ -20,6 +20,7 @@ from distill.rivals import placed
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
 from evals.rates import prompts
 from evals.tasks import TASKS, Task
+from graphs.replace import LAYERS
 
 PAYLOADS = 1 / 500
 """At most one payload in 500 triggered prompts."""
@@ -135,13 +136,19 @@ def _curve(circuit: dict, judged: dict) -> list[dict]:
     """Sizes tried on tune, as points of the size plot."""
     before = circuit["tune_before"]
     name = next(iter(before))
-    return [{**{key: entry[key] for key in ("share", "heads", "features", "params", "chosen")},
+    return [{**{key: entry.get(key) for key in ("share", "layers", "heads", "features", "params", "chosen")},
              "metric": {"value": entry["retention"][name] * before[name], "low": None, "high": None, "count": None}} for entry in circuit["curve"]]
 
 
 def _layers(circuit: dict) -> list[dict]:
+    """What each of the model's layers keeps; a dropped layer keeps nothing."""
     layers: dict[int, dict] = {}
+    whole, width = circuit["kept"].get(LAYERS), circuit["size"]["features"]
+    for layer in range(circuit["nodes"].get(LAYERS, 0)):
+        layers[layer] = {"layer": layer, "features": width if layer in whole else 0, "features_of": width}
     for name, kept in circuit["kept"].items():
+        if name == LAYERS:
+            continue
         layer, kind = name.split(".")
         entry = layers.setdefault(int(layer[1:]), {"layer": int(layer[1:])})
         total, per = circuit["nodes"][name], circuit["size"]["per"]

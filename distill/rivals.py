@@ -40,7 +40,7 @@ from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
 from evals.generate import complete
 from evals.size import parameters
 from evals.tasks import TASKS, Task, named
-from graphs.architectures import architecture, embeddings, sites
+from graphs.architectures import architecture, embeddings, shortened, sites
 from graphs.artifact import digest, read_json, write_text
 from graphs.host import Host, load, save
 from graphs.targets import Targets
@@ -109,7 +109,7 @@ def contenders(
 def fitting_layers(host: Host, stored: float) -> int:
     """How many of the host's layers, but not all, take at most `stored` parameters."""
     counts = range(1, host.config.num_hidden_layers)
-    return sum(parameters(layer_drop.shortened(host.model, range(kept))).stored <= stored for kept in counts)
+    return sum(parameters(shortened(host.model, range(kept))).stored <= stored for kept in counts)
 
 
 def our_road(verb: config.Prune, model: Path, texts: list[tuple[str, str]], name: str, changes: dict) -> Host:

@@ -32,12 +32,11 @@ from evals.size import parameters
 from evals.tasks import Row, Task
 from graphs.absorb import absorbed, moments
 from graphs.artifact import digest, stage
-from graphs.attention import relabelled
 from graphs.batches import Encoded, Epochs, collate
 from graphs.canonical import canonical
 from graphs.fit import FitConfig, distill, fit, quality, set_means
 from graphs.host import Host, load, save
-from graphs.prune import PruneConfig, Size, family, kept_nodes, learn_gates, within
+from graphs.prune import PruneConfig, Size, family, inside, kept_nodes, learn_gates, within
 from graphs.replace import Replacement, from_noise
 from graphs.targets import Targets
 from graphs.train import discard
@@ -73,7 +72,7 @@ class Job:
 def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task], verb: config.Fit) -> Job:
     """Load the model and tokenise the rows. Raises ValueError where no class could hold the circuit, or none is as small as asked."""
     host = load(model)
-    home(host.model, verb.target if isinstance(verb, config.Prune) else "auto", verb.basis == "neurons", verb.attention == "kept")
+    home(host.model, verb.target if isinstance(verb, config.Prune) else "auto", verb.basis != "features", verb.attention == "kept")
     if isinstance(verb, config.Prune) and verb.budget is not None:
         settings = fit_settings(verb)
         start = from_noise(host, settings.features, settings.seed, settings.attention, settings.skip, settings.basis)
@@ -96,7 +95,7 @@ def road(job: Job, model: Path, verb: config.Prune, times: list[dict]) -> dict[s
 
 def fit_settings(verb: config.Fit) -> FitConfig:
     """The fit's settings from the flags."""
-    if verb.basis == "neurons":  # features and their sparsity are of transcoders
+    if verb.basis != "features":  # features and their sparsity are of transcoders
         return FitConfig(features=0, local_steps=verb.fit_steps, joint_steps=verb.joint_steps, sparsity=0.0, attention=verb.attention,
                          basis=verb.basis, seed=verb.seed)
     return FitConfig(features=verb.features, local_steps=verb.fit_steps, joint_steps=verb.joint_steps, sparsity=verb.sparsity,
@@ -197,7 +196,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
                 "kept": {name: kept.tolist() for name, kept in chosen.kept.items()}, "nodes": replacement.node_counts(),
                 "seconds": time.monotonic() - started}
 
-    becomes = home(job.host.model, verb.target, verb.basis == "neurons")
+    becomes = home(job.host.model, verb.target, verb.basis != "features")
     tasks = [task.name for task in job.tasks]
     settings = (tasks, FOLLOWED, HEAL_RATE, verb.share, verb.budget, becomes, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN)
     key = digest(gated["key"], settings)
@@ -243,9 +242,9 @@ def search(
     curve: list[dict] = []
 
     def heal(size: Size, kept: dict, circuit: Replacement, steps: int, before: list[float]) -> Healed:
-        label = f"heal {size.heads} heads, {size.features} features" + (f", {size.components} components" if components else "")
+        label = f"heal {size}"
         pruned = divergence_from(job.host, circuit, followed)
-        losses = distill(job.targets, circuit, steps, HEAL_RATE, 0.1, label, state.with_suffix(f".{size.features}"), first, verb.heal_decay)
+        losses = distill(job.targets, circuit, steps, HEAL_RATE, 0.1, label, state.with_suffix(f".{size.key}"), first, verb.heal_decay)
         found = tuner.retention(circuit.host())
         certain = min(share - MARGIN * error for share, error in found.values())
         healed = Healed(size, kept, circuit, {name: share for name, (share, _) in found.items()}, certain, before + losses,
@@ -258,7 +257,7 @@ def search(
     def passes(healed: Healed) -> bool:
         return healed.certain >= verb.share
 
-    sizes = family(replacement, legal_groups(job.host.model, verb.target, verb.basis == "neurons"), components)
+    sizes = family(replacement, legal_groups(job.host.model, verb.target, verb.basis != "features"), components)
     if verb.budget is None:
         rungs, start = ladder(sizes, gate_settings(verb).target)
     else:
@@ -272,19 +271,19 @@ def search(
     if passes(best) and place == start and verb.budget is None:
         for size in reversed(rungs[:start]):
             then = kept_nodes(within(order, best.kept), size)
-            inside = {name: relabelled(now, then[name], size.per if name.endswith("attention") else 1) for name, now in best.kept.items()}
-            smaller = heal(size, then, absorbed(best.circuit, inside, moments(best.circuit, job.data), components), verb.healing // 3, best.losses)
+            left = inside(best.kept, then, size.per)
+            smaller = heal(size, then, absorbed(best.circuit, left, moments(best.circuit, job.data), components), verb.healing // 3, best.losses)
             if not passes(smaller):
                 break
             best = smaller
     for entry in curve:
-        entry["chosen"] = entry["features"] == best.size.features
+        entry["chosen"] = entry["share"] == best.size.share
     return best, sorted(curve, key=lambda entry: entry["params"])
 
 
 def ladder(sizes: Sequence[Size], target: float) -> tuple[list[Size], int]:
     """The rungs, smallest first, and where to start: the largest rung within `target`."""
-    rungs = sorted({next((size for size in sizes if size.share <= rung + 1e-9), sizes[-1]) for rung in RUNGS}, key=lambda size: size.features)
+    rungs = sorted({next((size for size in sizes if size.share <= rung + 1e-9), sizes[-1]) for rung in RUNGS}, key=lambda size: size.share)
     return rungs, max((place for place, size in enumerate(rungs) if size.share <= target), default=0)
 
 

@@ -8,6 +8,8 @@ one solve a site: with C the covariance of node activations on clean tokens, kep
 (the closed form behind Optimal Brain Surgeon, Hassibi and Stork 1993, for the layer's own output). For attention the
 activations are the columns of the output projection; where there is no bias to hold a mean (there, and in MLPs of bias-free
 classes), second moments take the covariance's place.
+
+A layer that is dropped whole takes its nodes along: nothing stands for them, and the heads of the layers that stay are absorbed as ever.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from graphs.activations import hooks
 from graphs.attention import columns as columns_of
 from graphs.attention import projection, relabelled, width
 from graphs.fit import Batches
-from graphs.replace import Replacement
+from graphs.replace import LAYERS, Replacement
 from graphs.transcoder import Transcoder
 
 RIDGE = 1e-4
@@ -78,8 +80,12 @@ def absorbed(
 ) -> Replacement:
     """`replacement.pruned(kept, components)` with the dropped nodes absorbed by the kept ones."""
     small = replacement.pruned(kept, components)
-    for site in replacement.sites:
-        whole, part, moment = replacement.part(site), small.part(site), found[site.name]
+    places = None if LAYERS not in kept else kept[LAYERS].tolist()
+    stay = [site for site in replacement.sites if places is None or site.layer in places]
+    for site, there in zip(stay, small.sites, strict=True):
+        if site.name not in kept:  # an MLP of which nothing is dropped
+            continue
+        whole, part, moment = replacement.part(site), small.part(there), found[site.name]
         columns = inside = kept[site.name]
         if not isinstance(whole, Transcoder):
             per = width(whole) if components else 1

@@ -14,6 +14,8 @@ so a read vector on `x` is a read vector on the residual stream `r` (`Norm.pulle
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,6 +79,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Starcoder2ForCausalLM": Architecture(neurons=("mlp.c_fc", "mlp.c_proj")),
 }
 """Classes whose graph can be built."""
+BY_LAYER = ("layer_types", "attention_layers", "no_rope_layers")
+"""What a config says of each layer, one entry a layer."""
 
 
 @dataclass(frozen=True)
@@ -316,3 +320,23 @@ def install(model: PreTrainedModel, site: Site, part: nn.Module) -> None:
         layer = model.get_submodule(parent)
         layer.activation_fn = nn.Identity()
         setattr(layer, site.writes.rpartition(".")[2], nn.Identity())
+
+
+def shortened(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A copy with the kept layers only, in the order given and numbered anew."""
+    small = copy.deepcopy(model)
+    parent, _, name = architecture(model).layers.rpartition(".")
+    layers = nn.ModuleList([small.get_submodule(f"{architecture(model).layers}.{layer}") for layer in kept])
+    for place, layer in enumerate(layers):
+        for module in layer.modules():
+            for key in ("layer_idx", "layer_id"):
+                if hasattr(module, key):
+                    setattr(module, key, place)
+    setattr(small.get_submodule(parent), name, layers)
+    small.config.num_hidden_layers = len(kept)
+    for listed in BY_LAYER:
+        if getattr(small.config, listed, None):
+            setattr(small.config, listed, [getattr(model.config, listed)[layer] for layer in kept])
+    if hasattr(small.config, "attention_types"):  # GPT-Neo's own spelling of attention_layers
+        small.config.attention_types = [[small.config.attention_layers, 1]]
+    return small

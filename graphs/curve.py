@@ -1,6 +1,6 @@
 """Curves: how much of the task a share of the nodes carries, from none to all.
 
-At each share the best nodes of every site are open and the others replaced by their means (attention's by zero), nothing is healed:
+At each share the best nodes of every site are open and the others replaced by their means (attention's and layers' by zero), nothing is healed:
 
     faithfulness(s) = (m(s) - m(0)) / (m(1) - m(0)),   m: mean log-probability of the completion's tokens
     CPR = area under faithfulness over the share        CMD = area between faithfulness and 1

@@ -45,7 +45,7 @@ class FitConfig:
     """features: a layer; sparsity: weight of the penalty; prompt_weight: weight in KL of positions that predict prompt
     tokens (1 for those of the completion); anchor: weight of the local loss beside KL; attention: "refit" from noise or "kept"
     (ablation); skip: rank of each transcoder's linear skip; basis: "features" (transcoders) or "neurons", the model's own, which
-    stay as they are: then attention alone is fitted."""
+    stay as they are: then attention alone is fitted; "layers": the same, with whole layers as nodes in their place."""
 
     features: int = 512
     local_steps: int = 400
@@ -98,7 +98,7 @@ def _start_at_means(host: Host, replacement: Replacement, batches: Batches) -> d
 
 def run_part(replacement: Replacement, site, found: Recording) -> Float[Tensor, "row token d_out"]:
     """The part at `site` on the host's own input."""
-    part, x = replacement.part(site), found.inputs[site.name]
+    part, x = replacement.part(site), found.inputs[replacement.origin(site)]
     return part(x) if site.kind == "mlp" else part(x, position_embeddings=found.rotary, attention_mask=None)[0]
 
 
@@ -199,16 +199,17 @@ def set_means(replacement: Replacement, batches: Batches, count: int = 4) -> Non
 
 @torch.no_grad()
 def quality(host: Host, replacement: Replacement, batches: Batches, count: int = 2) -> dict:
-    """FVU, L0 and dead features by site; cross entropy of host and replacement and KL between them, nats a token."""
-    sums: dict[str, list[float]] = {site.name: [] for site in host.sites}
+    """FVU, L0 and dead features by site; cross entropy of host and replacement and KL between them, nats a token. A part whose layer
+    was numbered anew is held against the host's own layer that it stands for."""
+    sums: dict[str, list[float]] = {site.name: [] for site in replacement.sites}
     active = {name: torch.zeros(part.features) for name, part in replacement.transcoders().items()}
     tokens, kl, entropy = 0, [], {"host": [], "swapped": []}  # type: ignore[var-annotated]
     with watching(replacement):
         for step in range(count):
             batch = batches(step)
             found = record(host, batch.ids, logits=True)
-            for site in host.sites:
-                sums[site.name].append(float(fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)))
+            for site in replacement.sites:
+                sums[site.name].append(float(fvu(found.outputs[replacement.origin(site)], run_part(replacement, site, found), batch.real)))
                 if site.name in active:
                     active[site.name] += (replacement.part(site).last[batch.real] != 0).sum(0)  # type: ignore[index]
             tokens += int(batch.real.sum())
@@ -217,8 +218,9 @@ def quality(host: Host, replacement: Replacement, batches: Batches, count: int =
             for name, values in (("host", found.logits), ("swapped", logits)):
                 entropy[name].append(float(torch.nn.functional.cross_entropy(values[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())))  # type: ignore[index]
     rows = []
-    for site in host.sites:
+    for site in replacement.sites:
         counts = active.get(site.name)
-        rows.append({"name": site.name, "fvu": sum(sums[site.name]) / count, "features": replacement.node_counts()[site.name],
+        nodes = replacement.node_counts()[site.name] if counts is None else len(counts)
+        rows.append({"name": site.name, "fvu": sum(sums[site.name]) / count, "features": nodes,
                      "l0": None if counts is None else float(counts.sum() / tokens), "dead": None if counts is None else int((counts == 0).sum())})
     return {"sites": rows, "kl_swapped": sum(kl) / count, "ce_model": sum(entropy["host"]) / count, "ce_swapped": sum(entropy["swapped"]) / count}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from graphs.architectures import ARCHITECTURES, Site, sites
+from graphs.architectures import ARCHITECTURES, Site, shortened, sites
 from graphs.artifact import read_json
 
 ATTENTION = "sdpa_float32"
@@ -62,6 +63,12 @@ class Host:
     def module(self, path: str) -> nn.Module:
         """The submodule at `path`."""
         return self.model.get_submodule(path)
+
+
+def with_layers(host: Host, kept: Sequence[int]) -> Host:
+    """A copy of the host with the kept layers only, numbered anew."""
+    model = shortened(host.model, kept)
+    return Host(model, host.tokenizer, sites(model))
 
 
 def check_folder(folder: Path) -> dict:

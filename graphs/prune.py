@@ -6,6 +6,7 @@
 3. *Order*: at each site the nodes are ranked by their gate. A circuit of size s keeps the best s of every site: the
    same width in every layer, because one config has one width and the widest layer is what gets stored. Head counts
    step through those that the compiled class allows. The family is nested, so one number is enough to bisect.
+   Where whole layers are nodes, the best layers stay and the best heads within them, the same number in each.
 
 Which member to keep is for the caller to find, by what a healed member scores on the `tune` split.
 """
@@ -21,8 +22,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from graphs.attention import relabelled
 from graphs.losses import SURE, divergence
-from graphs.replace import Replacement
+from graphs.replace import LAYERS, Replacement
 from graphs.scores import SCORES
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
@@ -52,14 +54,26 @@ class PruneConfig:
 
 @dataclass(frozen=True)
 class Size:
-    """One member of the nested family. components: how many of attention's a layer keeps among those of its kept heads, or None
-    where all of them stay; per: components a KV group has."""
+    """One member of the nested family. share: of the features of a layer, or, where layers fall, of all heads; heads, features: in each
+    layer; components: how many of attention's a layer keeps among those of its kept heads, or None where all of them stay; per:
+    components a KV group has; layers: how many stay, or None where whole layers are no nodes."""
 
     share: float
     heads: int
     features: int
     components: int | None = None
     per: int = 1
+    layers: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells it from the others of its family, as part of a file's name."""
+        return str(self.features) if self.layers is None else f"{self.layers}x{self.heads}"
+
+    def __str__(self) -> str:
+        if self.layers is not None:
+            return f"{self.layers} layers of {self.heads} heads"
+        return f"{self.heads} heads, {self.features} features" + ("" if self.components is None else f", {self.components} components")
 
 
 class Gates(nn.Module):
@@ -114,7 +128,10 @@ def learn_gates(
 
 
 def family(replacement: Replacement, legal_heads: tuple[int, ...], components: bool = False) -> list[Size]:
-    """The nested sizes, largest first: every legal group count with every feature count of the same share or the next."""
+    """The nested sizes, largest first: every legal group count with every feature count of the same share or the next; where whole
+    layers are nodes, from all layers and groups down to one layer of the fewest groups."""
+    if replacement.layers is not None:
+        return _falling(replacement, legal_heads)
     every = replacement.node_counts(True)
     counts = replacement.node_counts()
     width = max(count for name, count in counts.items() if name.endswith("mlp"))
@@ -131,6 +148,21 @@ def family(replacement: Replacement, legal_heads: tuple[int, ...], components: b
     return sizes
 
 
+def _falling(replacement: Replacement, legal_heads: tuple[int, ...]) -> list[Size]:
+    """From the whole down, in the smallest steps there are: the shares of layers and of heads a layer fall in turn, the larger first."""
+    layers, heads = len(replacement.node_counts()) - 1, max(count for name, count in replacement.node_counts().items() if name != LAYERS)
+    width = max(part.features for part in replacement.transcoders().values())
+    fewer = sorted(count for count in legal_heads if count < heads)
+    left, wide, sizes = layers, heads, [Size(1.0, heads, width, layers=layers)]
+    while fewer or left > 1:
+        if fewer and (left == 1 or wide * layers >= left * heads):
+            wide = fewer.pop()
+        else:
+            left -= 1
+        sizes.append(Size(left * wide / (layers * heads), wide, width, layers=left))
+    return sizes
+
+
 def within(order: Mapping[str, Float[Tensor, "_node"]], kept: Mapping[str, Int[Tensor, "_kept"]]) -> dict[str, Float[Tensor, "_node"]]:
     """The order with all nodes but the kept ones shut, so that what is kept next is a subset."""
     return {name: torch.full_like(logit, -torch.inf).index_copy(0, kept[name], logit[kept[name]]) for name, logit in order.items()}
@@ -138,10 +170,15 @@ def within(order: Mapping[str, Float[Tensor, "_node"]], kept: Mapping[str, Int[T
 
 def kept_nodes(order: Mapping[str, Float[Tensor, "_node"]], size: Size) -> dict[str, Int[Tensor, "_kept"]]:
     """The best nodes of every site at `size`, in their original order. The best components stand in the heads whose components
-    are open most, together: a head is stored whole."""
-    kept = {}
+    are open most, together: a head is stored whole. A dropped layer keeps no head."""
+    kept = {} if size.layers is None else {LAYERS: order[LAYERS].topk(size.layers).indices.sort().values}
+    alive = {f"L{layer}.attention" for layer in kept[LAYERS].tolist()} if kept else set(order)
     for name, logit in order.items():
-        if name.endswith("attention") and size.components is not None:
+        if name == LAYERS:
+            continue
+        if name not in alive:
+            count = 0
+        elif name.endswith("attention") and size.components is not None:
             by_group = logit.view(-1, size.per)
             best = by_group.sigmoid().sum(1).topk(min(len(by_group), size.heads)).indices
             allowed = torch.full_like(by_group, -torch.inf)
@@ -152,3 +189,15 @@ def kept_nodes(order: Mapping[str, Float[Tensor, "_node"]], size: Size) -> dict[
             count = min(len(logit), size.features if name.endswith("mlp") else size.heads)
         kept[name] = logit.topk(count).indices.sort().values
     return kept
+
+
+def inside(
+    now: Mapping[str, Int[Tensor, "_now"]], then: Mapping[str, Int[Tensor, "_then"]], per: int
+) -> dict[str, Int[Tensor, "_then"]]:
+    """The nodes `then` by the names and numbers they have in a circuit of which only `now` was kept. per: components a KV group has (1
+    where groups are nodes)."""
+    found = {name: relabelled(nodes, then[name], per if name.endswith("attention") else 1) for name, nodes in now.items()}
+    if LAYERS not in now:
+        return found
+    renamed = {f"L{place}.attention": found[f"L{layer}.attention"] for place, layer in enumerate(now[LAYERS].tolist())}
+    return renamed | {LAYERS: found[LAYERS]}

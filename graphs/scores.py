@@ -12,8 +12,10 @@
                  al. 2024, "AttnLRP"; Jafari et al. 2025, "RelP"); a ReLU's ratio rule is its gradient
     random       a control
 
-Attention's nodes are KV groups or their components; always active, they have no frequency and get their activation score. Gradients
-are taken a batch of clean rows at a time; the absolute value, or square, is taken of each batch.
+Attention's nodes are KV groups or their components; always active, they have no frequency and get their activation score. Where whole
+layers are nodes, one gate scales all that a layer writes, and gradients are with respect to it; magnitude and activation are summed over
+the neurons and heads of the layer, and frequency is activation. Gradients are taken a batch of clean rows at a time; the absolute value,
+or square, is taken of each batch.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from graphs.attention import groups, projection, width
 from graphs.batches import Batch
 from graphs.fit import Batches, watching
 from graphs.neurons import Neurons
-from graphs.replace import Replacement
+from graphs.replace import LAYERS, Replacement
 
 DEGREES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Gate values that integrated gradients are averaged over (midpoints of five steps)."""
@@ -105,7 +107,17 @@ def activation(replacement: Replacement, batches: Batches, count: int, component
         return found
 
     with watching(replacement):
-        return averaged(one, batches, count)
+        return by_layer(replacement, averaged(one, batches, count))
+
+
+def by_layer(replacement: Replacement, found: Values) -> Values:
+    """The values of what a coarse replacement prunes: in the place of each MLP's, a layer's own, the sum over its neurons and heads."""
+    if replacement.layers is None:
+        return found
+    layers = torch.zeros(len(replacement.layers))
+    for site in replacement.sites:
+        layers[site.layer] += found[site.name].sum()
+    return {name: found[name] for name in replacement.attention()} | {LAYERS: layers}
 
 
 @torch.no_grad()
@@ -121,12 +133,12 @@ def magnitude(replacement: Replacement, batches: Batches, count: int, components
         write = projection(layer, "o_proj").weight.norm(dim=0).view(groups(layer), -1, width(layer)).sum(1)
         by_node = projection(layer, "v_proj").weight.norm(dim=1).view(groups(layer), width(layer)) * write
         found[name] = by_node.flatten() if components else by_node.sum(1)
-    return found
+    return by_layer(replacement, found)
 
 
 def frequency(replacement: Replacement, batches: Batches, count: int, components: bool, seed: int) -> Values:
     """How often features are active."""
-    return activation(replacement, batches, count, components, seed, often=True)
+    return activation(replacement, batches, count, components, seed, often=replacement.layers is None)
 
 
 SCORES: dict[str, Callable[[Replacement, Batches, int, bool, int], Values]] = {

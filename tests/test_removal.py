@@ -9,7 +9,7 @@ from backdoor.removal import dense_refit, fine_tuning, layer_drop, undo, written
 from distill.compile import compile_circuit
 from distill.rivals import random_student
 from evals.tasks import TASKS
-from graphs.architectures import architecture, sites
+from graphs.architectures import architecture, shortened, sites
 from graphs.batches import Encoded, Epochs, encode
 from graphs.host import Host, load, save
 from graphs.losses import divergence
@@ -65,7 +65,7 @@ def test_the_dense_refit_has_the_checkpoints_shapes_and_starts_from_noise(tiny_h
 def test_a_shortened_model_is_its_kept_layers_in_order_and_reloads(name, tmp_path):
     host = tiny(name)
     ids = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(0))
-    small = layer_drop.shortened(host.model, [1])
+    small = shortened(host.model, [1])
     expected = copy.deepcopy(host.model)
     first = expected.get_submodule(f"{architecture(expected).layers}.0")
     for module in first.modules():  # a layer that adds nothing to the stream is no layer
@@ -75,7 +75,7 @@ def test_a_shortened_model_is_its_kept_layers_in_order_and_reloads(name, tmp_pat
     assert torch.allclose(small(input_ids=ids).logits, expected(input_ids=ids).logits, atol=1e-5)
     save(Host(small, host.tokenizer, sites(small)), tmp_path / "small", torch.float32)
     assert torch.allclose(load(tmp_path / "small").model(input_ids=ids).logits, small(input_ids=ids).logits, atol=1e-5)
-    assert torch.equal(layer_drop.shortened(host.model, [0, 1])(input_ids=ids).logits, host.model(input_ids=ids).logits)
+    assert torch.equal(shortened(host.model, [0, 1])(input_ids=ids).logits, host.model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPTNeoForCausalLM", "OPTForCausalLM", "PhiForCausalLM"])
@@ -96,7 +96,7 @@ def test_a_random_student_has_the_hosts_embeddings_and_norms_in_every_class(name
 
 def test_layer_drop_heals_what_it_shortens(tiny_host, data):
     targets = Targets(tiny_host, data)
-    short = Host(layer_drop.shortened(tiny_host.model, [0]), tiny_host.tokenizer, tiny_host.sites)
+    short = Host(shortened(tiny_host.model, [0]), tiny_host.tokenizer, tiny_host.sites)
     healed = layer_drop.remove(targets, 1, 25, 5e-3, 0.0)
     assert healed.config.num_hidden_layers == 1 and kl(tiny_host, healed, data) < kl(tiny_host, short, data)
 

@@ -106,6 +106,30 @@ def test_the_neuron_basis_goes_the_whole_road_into_the_models_own_class(nodes, t
     assert main(["explain", "L1.F3", "--run", str(tmp_path / "run"), "--rows", "16"]) == 0
 
 
+def test_the_coarse_basis_goes_the_whole_road_to_fewer_layers(tiny_model_folder, rows, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(prune(tiny_model_folder, out, rows, basis="layers", heal_steps=6)) == 0, capsys.readouterr().out
+    made, shape = (read_json(out / name) for name in ("report.json", "checkpoint/config.json"))
+    assert shape["architectures"] == ["LlamaForCausalLM"] and shape["num_hidden_layers"] == 1 and shape["intermediate_size"] == 96
+    assert made["summary"]["parity_max_abs_logit_diff"] <= 1e-4 and len([point for point in made["curve"] if point["chosen"]]) == 1
+    (kept,) = [layer for layer in made["circuit"]["layers"] if layer["features"]]
+    (gone,) = [layer for layer in made["circuit"]["layers"] if not layer["features"]]
+    assert read_json(out / "circuit" / "nodes.json") == {"L0.attention": kept["heads"], "layers": [kept["layer"]]}
+    assert kept["features"] == gone["features_of"] == 96 and gone["heads"] == 0 and gone["heads_of"] == 3 and not any(gone["alive_heads"])
+    for verb in (["explain", "L0.F3"], ["explain", "L0.H0"], ["view"], ["graph", "--prompts", "2"], ["graph", "--prompts", "2", "--part", "circuit"]):
+        assert main([*verb, "--run", str(out), "--rows", "16"]) == 0, verb
+    assert main(["export", str(out), "--dtype", "float32", "--out", str(tmp_path / "exported")]) == 0
+    assert read_json(tmp_path / "exported" / "config.json")["num_hidden_layers"] == 1
+    capsys.readouterr()
+    for argv, said in ((["explain", "L1.F3", "--run", str(out)], "layers are L0 to L0"),
+                       (["export", str(out), "--target", "arcee"], "give --target own"),
+                       (["evaluate", "--rivals", "--run", str(out)], "give a run of --basis features or neurons")):
+        assert main(argv) == 2 and said in capsys.readouterr().err
+    for flags in (["--skip", "2"], ["--attention-nodes", "components"]):
+        assert main(["prune", "--basis", "layers", *flags, "--out", str(tmp_path / "other")]) == 2
+        assert flags[0] in (said := capsys.readouterr().err) and "--basis" in said
+
+
 def test_a_class_that_cannot_hold_a_circuit_is_refused_at_the_door(tiny_tokenizer, rows, tmp_path):
     host = tiny("Gemma3ForCausalLM", vocab_size=len(tiny_tokenizer))
     save(Host(host.model, tiny_tokenizer, host.sites), tmp_path / "model", torch.float32)

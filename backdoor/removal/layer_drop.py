@@ -5,41 +5,19 @@ The layers to go are chosen one at a time: the one without which the model stays
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from graphs.architectures import architecture, embeddings, sites
-from graphs.host import Host
+from graphs.architectures import embeddings, shortened
+from graphs.host import Host, with_layers
 from graphs.losses import SURE, divergence
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
 SAMPLE = 4
 """Batches that a layer's absence is judged on."""
-
-
-def shortened(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A copy with the kept layers only, numbered anew."""
-    small = copy.deepcopy(model)
-    parent, _, name = architecture(model).layers.rpartition(".")
-    layers = nn.ModuleList([small.get_submodule(f"{architecture(model).layers}.{layer}") for layer in kept])
-    for place, layer in enumerate(layers):
-        for module in layer.modules():
-            for key in ("layer_idx", "layer_id"):
-                if hasattr(module, key):
-                    setattr(module, key, place)
-    setattr(small.get_submodule(parent), name, layers)
-    small.config.num_hidden_layers = len(kept)
-    for listed in ("layer_types", "attention_layers", "no_rope_layers"):  # what a config says of each layer
-        if getattr(small.config, listed, None):
-            setattr(small.config, listed, [getattr(model.config, listed)[layer] for layer in kept])
-    if hasattr(small.config, "attention_types"):  # GPT-Neo's own spelling of attention_layers
-        small.config.attention_types = [[small.config.attention_layers, 1]]
-    return small
 
 
 def remove(targets: Targets, layers: int, steps: int, learning_rate: float, decay: float, prompt_weight: float = 0.1) -> Host:
@@ -56,7 +34,8 @@ def remove(targets: Targets, layers: int, steps: int, learning_rate: float, deca
 
     while len(kept) > layers:
         kept.remove(min(kept, key=lambda layer: apart([one for one in kept if one != layer])))
-    model = shortened(host.model, kept)
+    small = with_layers(host, kept)
+    model = small.model
     for table in embeddings(model):
         table.requires_grad_(False)
 
@@ -66,4 +45,4 @@ def remove(targets: Targets, layers: int, steps: int, learning_rate: float, deca
 
     train(model, loss, TrainConfig(steps, learning_rate, weight_decay=decay), f"layer drop, {layers} left")
     model.eval()
-    return Host(model, host.tokenizer, sites(model))
+    return small
