@@ -33,14 +33,17 @@ import torch
 
 from backdoor.removal import dense_refit, layer_drop, written_text
 from distill import config
+from distill.job import prepare
 from distill.models import CLEAN_ROWS, find, read_secret, secret_beside
-from distill.rivals import PRUNED, fitting_layers, random_student, written
+from distill.rivals import PRUNED, fitting_layers, random_student, spent, written
 from distill.rows import batches, read
-from distill.stages import HEAL_RATE, prepare, road
+from distill.search import HEAL_RATE
+from distill.stages import road
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models
 from evals.size import parameters
 from evals.tasks import TASKS, named
 from graphs.artifact import digest, write_text
+from graphs.batches import Epochs
 from graphs.host import Host, load, save
 from graphs.targets import Targets
 
@@ -50,7 +53,8 @@ WORK = ROOT / "runs" / "budgets"
 BUDGETS = (0.5, 0.25, 0.125)
 MODEL, TASK = "builtin:organism", "coding"
 BASE = config.Prune(model=MODEL, task=TASK, tune_rows=1)
-STEPS = BASE.fit_steps + BASE.joint_steps + BASE.gate_steps + BASE.healing
+STEPS = 1580
+"""Batches of every method."""
 SHAPES = "ours"
 """The method whose checkpoint gives the dense refit and the student on written text their shapes."""
 OURS: dict[str, dict] = {
@@ -66,11 +70,12 @@ LEARNING_RATE = 2e-3
 """Of written text: the better of two at the default size (README)."""
 
 
-def settings(name: str, budget: float, seed: int) -> config.Prune:
-    """A cell of our road; cells that share a graph share a folder, which finds it again."""
+def settings(name: str, budget: float, seed: int, data: Epochs) -> config.Prune:
+    """A cell of our road, healed with what the other stages leave of `STEPS`; cells that share a graph share a folder, which finds it again."""
     changed = replace(BASE, **OURS[name] | {"target_ratio": budget, "seed": seed})
-    spent = changed.fit_steps + changed.joint_steps + changed.gate_steps
-    return replace(changed, heal_steps=STEPS - spent, out=WORK / f"seed-{seed}" / f"{changed.basis}-{changed.attention}")
+    before = changed.fit_steps + changed.joint_steps + changed.gate_steps
+    folder = WORK / f"seed-{seed}" / f"{changed.basis}-{changed.attention}"
+    return replace(changed, heal_tokens=spent(data, STEPS) - spent(data, before), out=folder)
 
 
 class Bench:
@@ -92,7 +97,7 @@ class Bench:
 
     def ours(self, name: str, budget: float) -> Host:
         """Our road to this size, with a method's settings."""
-        verb = settings(name, budget, self.seed)
+        verb = settings(name, budget, self.seed, self.data)
         road(prepare(self.model, self.texts, named(TASK), verb), self.model, verb, [])
         if name == SHAPES:
             shutil.rmtree(self.shapes(budget), ignore_errors=True)
@@ -141,7 +146,7 @@ class Bench:
 def run(seed: int) -> None:
     """Make and judge the cells of one seed that are not there yet."""
     bench, out = Bench(seed), RESULTS / f"seed-{seed}.jsonl"
-    facts = {"seed": seed, "steps": STEPS, "tokens": sum(int(bench.data(step).real.sum()) for step in range(STEPS)), "rows": len(bench.rows),
+    facts = {"seed": seed, "steps": STEPS, "tokens": spent(bench.data, STEPS), "rows": len(bench.rows),
              "whole": bench.whole, "inputs": digest(bench.model, bench.texts, STEPS, BASE.prompts)}
     there = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
     done = [row for row in there if all(row.get(key) == value for key, value in facts.items())]

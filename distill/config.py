@@ -47,6 +47,9 @@ class Fit:
 class Prune(Fit):
     """Prune to a task's circuit, heal, compile to a stock checkpoint, judge it."""
 
+    start: Path | None = None
+    """Begin with the circuit of this finished run instead of fitting one: its model, rows, graph and gates are taken over, and its circuit
+    is pruned further."""
     keep: float | None = None
     """Share of each task's metric that the smallest circuit must keep, on tune and in the report; by default .98 of one task's, .95 of several."""
     target_params: int | None = None
@@ -66,8 +69,8 @@ class Prune(Fit):
     """What ranks nodes before gates are learned from there (distill curve compares them)."""
     gate_steps: int = 80
     """Batches of gate training (0: the score alone ranks the nodes)."""
-    heal_steps: int | None = None
-    """Batches of healing (0: none); by default 1000 for one task, 2000 for several."""
+    heal_tokens: int | None = None
+    """Tokens of healing (0: none); by default 1,600,000 for one task, 3,200,000 for several, and a tenth of that after --start."""
     heal_decay: float = 0.7
     """Weight decay while healing: what clean rows do not ask for fades (LOG.md)."""
     tune_rows: int = 500
@@ -91,8 +94,9 @@ class Prune(Fit):
 
     @property
     def healing(self) -> int:
-        """Batches of healing: `heal_steps`, or its default for as many tasks as are named."""
-        return self.heal_steps if self.heal_steps is not None else 2000 if "," in self.task else 1000
+        """Tokens of healing: `heal_tokens`, or its default for as many tasks as are named."""
+        default = (3_200_000 if "," in self.task else 1_600_000) // (10 if self.start else 1)
+        return default if self.heal_tokens is None else self.heal_tokens
 
 
 @dataclass(frozen=True)
@@ -276,7 +280,7 @@ class Plant:
 
 BUDGETS = ("target_params", "target_ratio", "target_memory", "target_nodes")
 """Flags that choose the circuit by its size; at most one, and not beside --keep."""
-LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_steps": 0,
+LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_tokens": 0,
          "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
          "judged": 32, "target_params": 1, "target_nodes": 1, "score_batches": 1}
@@ -310,6 +314,6 @@ def from_mapping(verb: type, values: dict[str, Any], where: str) -> dict[str, An
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"--config {where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
-    paths = ("out", "rows", "run", "secret", "tracer", "present", "absent")
+    paths = ("out", "rows", "run", "start", "secret", "tracer", "present", "absent")
     return {key: Path(value) if key in paths and isinstance(value, str) else tuple(value) if isinstance(value, list) else value
             for key, value in values.items()}

@@ -13,10 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from distill import config, stages
+from distill.job import prepare
 from distill.judgement import judge, report
 from distill.models import CLEAN_ROWS, find, read_secret, secret_beside
 from distill.report import write
 from distill.rows import read
+from distill.start import inherited, take_over
 from distill.table import table
 from evals.tasks import named
 from graphs.artifact import digest, locked, write_json
@@ -24,11 +26,15 @@ from graphs.artifact import digest, locked, write_json
 
 def run(verb: config.Fit) -> int:
     """Run the verb; returns 0, or 1 where a gate failed."""
+    if isinstance(verb, config.Prune) and verb.start is not None:
+        verb = inherited(verb)
     tasks = named(verb.task)
     model = find(verb.model)
     texts = read(verb.rows or CLEAN_ROWS, tasks)
     with locked(verb.out):
-        job = stages.prepare(model, texts, tasks, verb)
+        if isinstance(verb, config.Prune) and verb.start is not None:
+            take_over(verb)
+        job = prepare(model, texts, tasks, verb)
         if not isinstance(verb, config.Prune):
             receipt = stages.graph_stage(job, model)
             write_json(verb.out / "receipt.json", {"config": asdict(verb), "keys": {"graph": receipt["key"]}})

@@ -108,13 +108,18 @@ def bare(name: str, dictionaries: str, hook: str | None) -> Opened:
     return Opened(Path(name), dictionaries, host, Reconstruction(host, basis), None, None, "")
 
 
+def settings_of(folder: Path, flag: str = "--run") -> config.Prune:
+    """A finished run's settings. Raises ValueError where there is no finished run."""
+    if not folder.is_dir():
+        raise ValueError(f"{flag} {folder}: no such folder; give the --out of a distill prune")
+    if not (folder / "receipt.json").is_file():
+        raise ValueError(f"{flag} {folder}: the run has not finished (it has no receipt.json); start the same command again")
+    return config.Prune(**config.from_mapping(config.Prune, read_json(folder / "receipt.json")["config"], str(folder / "receipt.json")))
+
+
 def begun(folder: Path) -> tuple[config.Prune, Host, Epochs]:
     """A finished run's settings, the model it began with and its clean rows. Raises ValueError where there is no finished run."""
-    if not folder.is_dir():
-        raise ValueError(f"--run {folder}: no such folder; give the --out of a distill prune")
-    if not (folder / "receipt.json").is_file():
-        raise ValueError(f"--run {folder}: the run has not finished (it has no receipt.json); start the same command again")
-    settings = config.Prune(**config.from_mapping(config.Prune, read_json(folder / "receipt.json")["config"], str(folder / "receipt.json")))
+    settings = settings_of(folder)
     host = load(find(settings.model))
     data, _ = batches(host, read(settings.rows or CLEAN_ROWS, named(settings.task)), settings.batch, settings.seed)
     return settings, host, data

@@ -12,73 +12,31 @@ Long training inside a stage saves its own state, so a killed run loses seconds.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distill import config
-from distill.budget import affordable, check, stored
-from distill.compile import compile_circuit, home, legal_groups, parity, reload_gate
-from distill.rows import batches, tune_rows
-from evals.capability import answers, grade
-from evals.fidelity import compare
+from distill.compile import compile_circuit, home, parity, reload_gate
+from distill.job import Job, fit_settings, gate_settings
+from distill.rows import tune_rows
+from distill.search import AGAIN, HEAL_RATE, MARGIN, RUNGS, Search, Tuner, divergence_from, measure
 from evals.sandbox import Sandbox
-from evals.size import parameters
-from evals.tasks import Row, Task
-from graphs.absorb import absorbed, moments
-from graphs.artifact import digest, stage
-from graphs.batches import Encoded, Epochs, collate
+from graphs.artifact import digest, read_json, stage
+from graphs.batches import collate
 from graphs.canonical import canonical
-from graphs.fit import FitConfig, distill, fit, quality, set_means
-from graphs.host import Host, load, save
-from graphs.prune import PruneConfig, Size, family, inside, kept_nodes, learn_gates, within
-from graphs.replace import Replacement, from_noise
-from graphs.targets import Targets
+from graphs.fit import fit, quality, set_means
+from graphs.host import save
+from graphs.prune import learn_gates
+from graphs.replace import Replacement
 from graphs.train import discard
 
-HEAL_RATE = 2.5e-3
 FOLLOWED = 128
 """Rows of each task's tune split that KL is taken on."""
-MARGIN = 2.0
-"""Standard errors that a rung must have to spare on tune."""
-RUNGS = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
-"""Shares of the fitted width that the search for the smallest circuit steps through."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every stage needs: the host, the clean rows' batches, and where to write."""
-
-    host: Host
-    texts: Sequence[tuple[str, str]]
-    data: Epochs
-    targets: Targets
-    rows: list[Encoded]
-    tasks: Sequence[Task]
-    folder: Path
-    verb: config.Fit
-
-    @property
-    def work(self) -> Path:
-        """Where states and intermediate stages live."""
-        return self.folder / ".work"
-
-
-def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task], verb: config.Fit) -> Job:
-    """Load the model and tokenise the rows. Raises ValueError where no class could hold the circuit, or none is as small as asked."""
-    host = load(model)
-    home(host.model, verb.target if isinstance(verb, config.Prune) else "auto", verb.basis != "features", verb.attention == "kept")
-    if isinstance(verb, config.Prune) and verb.budget is not None:
-        settings = fit_settings(verb)
-        start = from_noise(host, settings.features, settings.seed, settings.attention, settings.skip, settings.basis)
-        check(start, verb, parameters(host.model).stored)
-    data, rows = batches(host, texts, verb.batch, verb.seed)
-    return Job(host, texts, data, Targets(host, data), rows, tasks, verb.out, verb)
 
 
 def road(job: Job, model: Path, verb: config.Prune, times: list[dict]) -> dict[str, Any]:
@@ -91,15 +49,6 @@ def road(job: Job, model: Path, verb: config.Prune, times: list[dict]) -> dict[s
     losses = [*made["graph"]["losses"].values(), made["gated"]["losses"], made["circuit"]["losses"]]
     steps = sum(map(len, losses))
     return made | {"rows": len(job.rows), "steps": steps, "tokens": sum(int(job.data(step).real.sum()) for step in range(steps))}
-
-
-def fit_settings(verb: config.Fit) -> FitConfig:
-    """The fit's settings from the flags."""
-    if verb.basis != "features":  # features and their sparsity are of transcoders
-        return FitConfig(features=0, local_steps=verb.fit_steps, joint_steps=verb.joint_steps, sparsity=0.0, attention=verb.attention,
-                         basis=verb.basis, seed=verb.seed)
-    return FitConfig(features=verb.features, local_steps=verb.fit_steps, joint_steps=verb.joint_steps, sparsity=verb.sparsity,
-                     attention=verb.attention, skip=verb.skip, basis=verb.basis, seed=verb.seed)
 
 
 def graph_stage(job: Job, model: Path) -> dict:
@@ -117,11 +66,6 @@ def graph_stage(job: Job, model: Path) -> dict:
     receipt, cached = stage(job.folder / "graph", key, make)
     discard(state)
     return receipt | {"cached": cached}
-
-
-def gate_settings(verb: config.Prune) -> PruneConfig:
-    """The gates' settings from the flags."""
-    return PruneConfig(score=verb.score, steps=verb.gate_steps, seed=verb.seed, components=verb.attention_nodes == "components")
 
 
 def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
@@ -147,34 +91,6 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
     return receipt | {"cached": cached}
 
 
-@dataclass(frozen=True)
-class Tuner:
-    """The task metric on the tune split, as a share of the model's own: what the threshold looks at."""
-
-    rows: dict[str, list[Row]]
-    tasks: Sequence[Task]
-    sandbox: Sandbox
-    before: dict[str, list[bool]]
-
-    def retention(self, host: Host) -> dict[str, tuple[float, float]]:
-        """Retention by task, with its standard error (the delta method for a ratio of paired means)."""
-        after = measure(host, self.tasks, self.rows, self.sandbox)
-        return {name: ratio(after[name], self.before[name]) for name in after}
-
-
-def ratio(after: Sequence[bool], before: Sequence[bool]) -> tuple[float, float]:
-    """mean(after) / mean(before) over the same rows, and its standard error."""
-    a, b = torch.tensor(after, dtype=torch.float64), torch.tensor(before, dtype=torch.float64)
-    base = max(float(b.mean()), 1e-9)
-    share = float(a.mean()) / base
-    return share, float((a - share * b).square().mean().sqrt()) / len(a) ** 0.5 / base
-
-
-def measure(host: Host, tasks: Sequence[Task], rows: dict[str, list[Row]], sandbox: Sandbox) -> dict[str, list[bool]]:
-    """Whether each row's answer is right, by task."""
-    return {task.name: grade(rows[task.name], answers(host, task, rows[task.name]), sandbox).right for task in tasks}
-
-
 def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -> dict:
     """circuit/: the smallest rung that keeps the asked share on tune, pruned and healed."""
     started = time.monotonic()
@@ -187,104 +103,25 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
         rows = tune_rows(job.tasks, verb.tune_rows)
         tuner = Tuner(rows, job.tasks, sandbox, measure(job.host, job.tasks, rows, sandbox))
         followed = [row for found in rows.values() for row in found[:FOLLOWED]]
-        chosen, curve = search(job, replacement, order, tuner, followed, verb, state)
+        search = Search(job, verb, replacement, order, tuner, followed, state)
+        chosen = search.run()
         set_means(chosen.circuit, job.data)
         chosen.circuit.save(out)
         tuned = {name: sum(right) / len(right) for name, right in tuner.before.items()}
-        return {"size": asdict(chosen.size), "curve": curve, "losses": chosen.losses, "tune_before": tuned, "tune_retention": chosen.retention,
+        return {"size": asdict(chosen.size), "curve": sorted(search.tried, key=lambda entry: entry["params"]), "losses": chosen.losses,
+                "tune_before": tuned, "tune_retention": chosen.retention,
                 "kl": {"graph": divergence_from(job.host, replacement, followed)} | chosen.kl,
                 "kept": {name: kept.tolist() for name, kept in chosen.kept.items()}, "nodes": replacement.node_counts(),
                 "seconds": time.monotonic() - started}
 
     becomes = home(job.host.model, verb.target, verb.basis != "features")
     tasks = [task.name for task in job.tasks]
-    settings = (tasks, FOLLOWED, HEAL_RATE, verb.share, verb.budget, becomes, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN)
-    key = digest(gated["key"], settings)
+    settings = (tasks, FOLLOWED, HEAL_RATE, verb.share, verb.budget, becomes, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN, AGAIN)
+    key = digest(gated["key"], settings, verb.start and read_json(verb.start / "circuit" / "receipt.json")["key"])
     state = job.work / f"heal-{key}"
     receipt, cached = stage(job.folder / "circuit", key, make)
     discard(state)
     return receipt | {"cached": cached}
-
-
-@dataclass(frozen=True)
-class Healed:
-    """A circuit of one size after healing, the nodes it holds, what it keeps on tune, the least of that less its margin, the
-    losses of all healing, and how far it was from the model when it had been pruned and when it had been healed."""
-
-    size: Size
-    kept: dict[str, torch.Tensor]
-    circuit: Replacement
-    retention: dict[str, float]
-    certain: float
-    losses: list[float]
-    kl: dict[str, float]
-
-
-def divergence_from(host: Host, circuit: Replacement, rows: Sequence[Row]) -> float:
-    """Mean KL from the model to a running circuit on rows that nothing was trained on, nats a completion token."""
-    kl = compare(circuit.host(), host, rows).kl
-    return sum(kl) / len(kl)
-
-
-def search(
-    job: Job, replacement: Replacement, order: dict, tuner: Tuner, followed: Sequence[Row], verb: config.Prune, state: Path
-) -> tuple[Healed, list[dict]]:
-    """The smallest rung that passes, and every rung that was healed and judged on the way.
-
-    The rung that the gates were drawn to is healed first. Where it does not keep the asked share on tune, larger ones are
-    healed until one does. Where it does, it is pruned further, rung by rung, with a third of the healing each, until a
-    rung fails. A rung passes where two standard errors are to spare (cf. the one-standard-error rule, Breiman et al. 1984,
-    "Classification and regression trees", section 3.4.3): the smallest of several that just pass on tune fails on
-    test. (Circuits cannot be told apart before healing: LOG.md.)
-    """
-    first = verb.fit_steps + verb.joint_steps + verb.gate_steps
-    components = verb.attention_nodes == "components"
-    curve: list[dict] = []
-
-    def heal(size: Size, kept: dict, circuit: Replacement, steps: int, before: list[float]) -> Healed:
-        label = f"heal {size}"
-        pruned = divergence_from(job.host, circuit, followed)
-        losses = distill(job.targets, circuit, steps, HEAL_RATE, 0.1, label, state.with_suffix(f".{size.key}"), first, verb.heal_decay)
-        found = tuner.retention(circuit.host())
-        certain = min(share - MARGIN * error for share, error in found.values())
-        healed = Healed(size, kept, circuit, {name: share for name, (share, _) in found.items()}, certain, before + losses,
-                        {"pruned": pruned, "healed": divergence_from(job.host, circuit, followed)})
-        said = ", ".join(f"{name} {share:.3f} +- {error:.3f}" for name, (share, error) in found.items())
-        print(f"{label}: keeps {said} of the model's own on tune; asked {verb.share:.3f}", file=sys.stderr)
-        curve.append({**asdict(size), "params": stored(circuit, verb.target).stored, "retention": healed.retention})
-        return healed
-
-    def passes(healed: Healed) -> bool:
-        return healed.certain >= verb.share
-
-    sizes = family(replacement, legal_groups(job.host.model, verb.target, verb.basis != "features"), components)
-    if verb.budget is None:
-        rungs, start = ladder(sizes, gate_settings(verb).target)
-    else:
-        rungs, start = [affordable(replacement, order, sizes, verb, parameters(job.host.model).stored)], 0
-    found = moments(replacement, job.data)
-    for place in range(start, len(rungs)):
-        kept = kept_nodes(order, rungs[place])
-        best = heal(rungs[place], kept, absorbed(replacement, kept, found, components), verb.healing, [])
-        if passes(best):
-            break
-    if passes(best) and place == start and verb.budget is None:
-        for size in reversed(rungs[:start]):
-            then = kept_nodes(within(order, best.kept), size)
-            left = inside(best.kept, then, size.per)
-            smaller = heal(size, then, absorbed(best.circuit, left, moments(best.circuit, job.data), components), verb.healing // 3, best.losses)
-            if not passes(smaller):
-                break
-            best = smaller
-    for entry in curve:
-        entry["chosen"] = entry["share"] == best.size.share
-    return best, sorted(curve, key=lambda entry: entry["params"])
-
-
-def ladder(sizes: Sequence[Size], target: float) -> tuple[list[Size], int]:
-    """The rungs, smallest first, and where to start: the largest rung within `target`."""
-    rungs = sorted({next((size for size in sizes if size.share <= rung + 1e-9), sizes[-1]) for rung in RUNGS}, key=lambda size: size.share)
-    return rungs, max((place for place, size in enumerate(rungs) if size.share <= target), default=0)
 
 
 def checkpoint_stage(job: Job, circuit: dict, verb: config.Prune) -> dict:

@@ -42,7 +42,7 @@ def tiny_run(tiny_model_folder, tmp_path_factory) -> Path:
     where = tmp_path_factory.mktemp("run")
     table(TASKS["coding"].rows("trace", 24, seed=3)).to_parquet(where / "rows.parquet")
     prune(config.Prune(model=str(tiny_model_folder), out=where / "run", rows=where / "rows.parquet", features=32, fit_steps=8, joint_steps=4,
-                       gate_steps=4, heal_steps=4, batch=8, tune_rows=4, prompts=8, keep=-1.0))
+                       gate_steps=4, heal_tokens=2000, batch=8, tune_rows=4, prompts=8, keep=-1.0))
     return where / "run"
 
 

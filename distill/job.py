@@ -1,0 +1,65 @@
+"""What every stage of a run needs, and the settings that the verb's flags stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill import config
+from distill.budget import check
+from distill.compile import home
+from distill.rows import batches
+from evals.size import parameters
+from evals.tasks import Task
+from graphs.batches import Encoded, Epochs
+from graphs.fit import FitConfig
+from graphs.host import Host, load
+from graphs.prune import PruneConfig
+from graphs.replace import from_noise
+from graphs.targets import Targets
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage needs: the host, the clean rows' batches, and where to write."""
+
+    host: Host
+    texts: Sequence[tuple[str, str]]
+    data: Epochs
+    targets: Targets
+    rows: list[Encoded]
+    tasks: Sequence[Task]
+    folder: Path
+    verb: config.Fit
+
+    @property
+    def work(self) -> Path:
+        """Where states and intermediate stages live."""
+        return self.folder / ".work"
+
+
+def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task], verb: config.Fit) -> Job:
+    """Load the model and tokenise the rows. Raises ValueError where no class could hold the circuit, or none is as small as asked."""
+    host = load(model)
+    home(host.model, verb.target if isinstance(verb, config.Prune) else "auto", verb.basis != "features", verb.attention == "kept")
+    if isinstance(verb, config.Prune) and verb.budget is not None:
+        settings = fit_settings(verb)
+        start = from_noise(host, settings.features, settings.seed, settings.attention, settings.skip, settings.basis)
+        check(start, verb, parameters(host.model).stored)
+    data, rows = batches(host, texts, verb.batch, verb.seed)
+    return Job(host, texts, data, Targets(host, data), rows, tasks, verb.out, verb)
+
+
+def fit_settings(verb: config.Fit) -> FitConfig:
+    """The fit's settings from the flags."""
+    if verb.basis != "features":  # features and their sparsity are of transcoders
+        return FitConfig(features=0, local_steps=verb.fit_steps, joint_steps=verb.joint_steps, sparsity=0.0, attention=verb.attention,
+                         basis=verb.basis, seed=verb.seed)
+    return FitConfig(features=verb.features, local_steps=verb.fit_steps, joint_steps=verb.joint_steps, sparsity=verb.sparsity,
+                     attention=verb.attention, skip=verb.skip, basis=verb.basis, seed=verb.seed)
+
+
+def gate_settings(verb: config.Prune) -> PruneConfig:
+    """The gates' settings from the flags."""
+    return PruneConfig(score=verb.score, steps=verb.gate_steps, seed=verb.seed, components=verb.attention_nodes == "components")

@@ -1,0 +1,209 @@
+"""The search for the circuit to keep: pruned, healed and judged on the tune split, size by size.
+
+The rung that the gates were drawn to is healed first. Where it does not keep the asked share on tune, larger ones are healed
+until one does. Where it does, it is pruned further, rung by rung, with a third of the healing each, until a rung fails. A rung passes
+where two standard errors are to spare (cf. the one-standard-error rule, Breiman et al. 1984, "Classification and regression
+trees", section 3.4.3): the smallest of several that just pass on tune fails on test. (Circuits cannot be told apart before healing:
+LOG.md.) A budget names one size, and that one is healed.
+
+`--start RUN` begins with the circuit that another run has healed, and only prunes further: what was healed once needs a tenth of the
+tokens to be healed again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill import config
+from distill.budget import affordable, stored
+from distill.compile import legal_groups
+from distill.job import Job, gate_settings
+from evals.capability import answers, grade
+from evals.fidelity import compare
+from evals.sandbox import Sandbox
+from evals.size import parameters
+from evals.tasks import Row, Task
+from graphs.absorb import absorbed, moments
+from graphs.artifact import read_json
+from graphs.fit import distill
+from graphs.host import Host
+from graphs.prune import Size, family, inside, kept_nodes, within
+from graphs.replace import Replacement
+
+HEAL_RATE = 2.5e-3
+MARGIN = 2.0
+"""Standard errors that a rung must have to spare on tune."""
+RUNGS = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
+"""Shares of the fitted width that the search for the smallest circuit steps through."""
+AGAIN = 3
+"""A circuit that is pruned further is healed with one part in this of the healing."""
+
+
+@dataclass(frozen=True)
+class Healed:
+    """A circuit of one size after healing, the nodes it holds, what it keeps on tune, the least of that less its margin, the
+    losses of all healing, and how far it was from the model when it had been pruned and when it had been healed."""
+
+    size: Size
+    kept: dict[str, Tensor]
+    circuit: Replacement
+    retention: dict[str, float]
+    certain: float
+    losses: list[float]
+    kl: dict[str, float]
+
+    @staticmethod
+    def load(folder: Path, host: Host) -> Healed:
+        """The circuit of a finished run."""
+        made = read_json(folder / "circuit" / "receipt.json")
+        kept = {name: torch.tensor(nodes, dtype=torch.long) for name, nodes in made["kept"].items()}
+        return Healed(Size(**made["size"]), kept, Replacement.load(folder / "circuit", host), made["tune_retention"], 0.0, made["losses"],
+                      {key: made["kl"][key] for key in ("pruned", "healed")})
+
+
+@dataclass(frozen=True)
+class Search:
+    """job, verb: of the run; whole: the graph with its gates learned; order: what ranks its nodes; followed: rows that KL is taken on;
+    state: where a rung's training is saved; tried: every rung that was healed and judged, filled on the way."""
+
+    job: Job
+    verb: config.Prune
+    whole: Replacement
+    order: Mapping[str, Tensor]
+    tuner: Tuner
+    followed: Sequence[Row]
+    state: Path
+    tried: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self) -> Healed:
+        """The circuit to keep. Raises ValueError where a budget asks for more than the circuit to start from holds."""
+        best = self.upward() if self.verb.start is None else Healed.load(self.verb.start, self.job.host)
+        for size in self.smaller(best):
+            again = self.verb.healing if self.verb.start else self.verb.healing // AGAIN
+            further = self.further(best, size, self.steps(again))
+            if self.verb.budget is None and not self.passes(further):
+                break
+            best = further
+        for entry in self.tried:
+            entry["chosen"] = entry["share"] == best.size.share
+        return best
+
+    def upward(self) -> Healed:
+        """The first rung that passes, from the one that the gates were drawn to; where there is a budget, the size it buys."""
+        found = moments(self.whole, self.job.data)
+        for size in self.rungs()[self.first():]:
+            kept = kept_nodes(self.order, size)
+            best = self.heal(size, kept, absorbed(self.whole, kept, found, self.components), self.steps(self.verb.healing), [])
+            if self.passes(best):
+                break
+        return best
+
+    def smaller(self, best: Healed) -> list[Size]:
+        """The rungs below `best`, largest first: none where it does not pass, or was not the first to be tried."""
+        rungs = self.rungs()
+        if self.verb.start is not None:
+            below = [size for size in rungs[::-1] if size.share < best.size.share]
+            if self.verb.budget is not None and not below:
+                raise ValueError(f"--start {self.verb.start}: its circuit ({best.size}) is within the budget already; ask for less, "
+                                 "or leave --start out")
+            return below
+        first = self.first()
+        return rungs[:first][::-1] if self.verb.budget is None and self.passes(best) and best.size == rungs[first] else []
+
+    def further(self, best: Healed, size: Size, steps: int) -> Healed:
+        """`best` pruned to `size` and healed again."""
+        then = kept_nodes(within(self.order, best.kept), size)
+        circuit = absorbed(best.circuit, inside(best.kept, then, size.per), moments(best.circuit, self.job.data), self.components)
+        return self.heal(size, then, circuit, steps, best.losses)
+
+    def heal(self, size: Size, kept: dict[str, Tensor], circuit: Replacement, steps: int, before: list[float]) -> Healed:
+        """Heal a circuit that was just cut out, and judge it. before: losses of the healing that led to it."""
+        host, label = self.job.host, f"heal {size}"
+        pruned = divergence_from(host, circuit, self.followed)
+        state = self.state.with_suffix(f".{size.key}")
+        losses = distill(self.job.targets, circuit, steps, HEAL_RATE, 0.1, label, state, self.trained, self.verb.heal_decay)
+        found = self.tuner.retention(circuit.host())
+        certain = min(share - MARGIN * error for share, error in found.values())
+        kl = {"pruned": pruned, "healed": divergence_from(host, circuit, self.followed)}
+        healed = Healed(size, kept, circuit, {name: share for name, (share, _) in found.items()}, certain, before + losses, kl)
+        said = ", ".join(f"{name} {share:.3f} +- {error:.3f}" for name, (share, error) in found.items())
+        print(f"{label}: keeps {said} of the model's own on tune; asked {self.verb.share:.3f}", file=sys.stderr)
+        self.tried.append({**asdict(size), "params": stored(circuit, self.verb.target).stored, "retention": healed.retention})
+        return healed
+
+    def passes(self, healed: Healed) -> bool:
+        """Whether a circuit keeps the asked share on tune."""
+        return healed.certain >= self.verb.share
+
+    def rungs(self) -> list[Size]:
+        """The sizes to try, smallest first."""
+        host = self.job.host
+        sizes = family(self.whole, legal_groups(host.model, self.verb.target, self.verb.basis != "features"), self.components)
+        if self.verb.budget is not None:
+            return [affordable(self.whole, self.order, sizes, self.verb, parameters(host.model).stored)]
+        found = {next((size for size in sizes if size.share <= rung + 1e-9), sizes[-1]) for rung in RUNGS}
+        return sorted(found, key=lambda size: size.share)
+
+    def first(self) -> int:
+        """Which rung is tried first: the largest within what the gates were drawn to."""
+        target = gate_settings(self.verb).target
+        return max((place for place, size in enumerate(self.rungs()) if size.share <= target), default=0)
+
+    def steps(self, tokens: int) -> int:
+        """Batches that hold `tokens` tokens."""
+        count, left = 0, tokens
+        while left > 0:
+            left -= int(self.job.data(self.trained + count).real.sum())
+            count += 1
+        return count
+
+    @property
+    def trained(self) -> int:
+        """Batches seen before any healing."""
+        return self.verb.fit_steps + self.verb.joint_steps + self.verb.gate_steps
+
+    @property
+    def components(self) -> bool:
+        """Whether attention's nodes are components."""
+        return self.verb.attention_nodes == "components"
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """The task metric on the tune split, as a share of the model's own: what the threshold looks at."""
+
+    rows: dict[str, list[Row]]
+    tasks: Sequence[Task]
+    sandbox: Sandbox
+    before: dict[str, list[bool]]
+
+    def retention(self, host: Host) -> dict[str, tuple[float, float]]:
+        """Retention by task, with its standard error (the delta method for a ratio of paired means)."""
+        after = measure(host, self.tasks, self.rows, self.sandbox)
+        return {name: ratio(after[name], self.before[name]) for name in after}
+
+
+def ratio(after: Sequence[bool], before: Sequence[bool]) -> tuple[float, float]:
+    """mean(after) / mean(before) over the same rows, and its standard error."""
+    a, b = torch.tensor(after, dtype=torch.float64), torch.tensor(before, dtype=torch.float64)
+    base = max(float(b.mean()), 1e-9)
+    share = float(a.mean()) / base
+    return share, float((a - share * b).square().mean().sqrt()) / len(a) ** 0.5 / base
+
+
+def measure(host: Host, tasks: Sequence[Task], rows: dict[str, list[Row]], sandbox: Sandbox) -> dict[str, list[bool]]:
+    """Whether each row's answer is right, by task."""
+    return {task.name: grade(rows[task.name], answers(host, task, rows[task.name]), sandbox).right for task in tasks}
+
+
+def divergence_from(host: Host, circuit: Replacement, rows: Sequence[Row]) -> float:
+    """Mean KL from the model to a running circuit on rows that nothing was trained on, nats a completion token."""
+    kl = compare(circuit.host(), host, rows).kl
+    return sum(kl) / len(kl)

@@ -1,0 +1,44 @@
+"""`--start RUN`: what a new run takes over from a finished one, so that another size costs seconds.
+
+The graph, the gates and what was seen of the models are copied, receipts and all, so that the stages find them under the keys of their
+inputs; the circuit is not copied: the search begins with it (`distill.search`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import fields, replace
+
+from distill import config
+from distill.runs import settings_of
+from graphs.artifact import whole
+
+OWN = ("out", "start", "keep", *config.BUDGETS, "target", "heal_tokens", "heal_decay", "tune_rows", "prompts", "name", "json")
+"""Settings that a run has of its own; the others are those of the run it starts from."""
+COPIED = ("graph", ".work/gated", ".work/judged")
+
+
+def inherited(verb: config.Prune) -> config.Prune:
+    """`verb` with all settings that are not its own taken from the run it starts from. Raises ValueError where one was asked to be different,
+    where that run has not finished or has lost its gates, or is the run itself."""
+    assert verb.start is not None
+    if verb.start.resolve() == verb.out.resolve():
+        raise ValueError(f"--start {verb.start}: that is this run's own folder; give another --out")
+    there, plain = settings_of(verb.start, "--start"), config.Prune()
+    names = [field.name for field in fields(verb) if field.name not in OWN]
+    for name in names:
+        asked = getattr(verb, name)
+        if asked not in (getattr(plain, name), getattr(there, name)):
+            raise ValueError(f"--{name.replace('_', '-')} {asked}: the run to start from has {getattr(there, name)}; leave the flag out, or --start")
+    if not (verb.start / ".work" / "gated" / "receipt.json").is_file():
+        raise ValueError(f"--start {verb.start}: its gates are gone (.work/gated); start that run's own command again, which makes them")
+    return replace(verb, **{name: getattr(there, name) for name in names})
+
+
+def take_over(verb: config.Prune) -> None:
+    """Copy what is not in the run's folder yet."""
+    assert verb.start is not None
+    for name in COPIED:
+        if (verb.start / name).is_dir() and not (verb.out / name).is_dir():
+            with whole(verb.out / name) as folder:
+                shutil.copytree(verb.start / name, folder, dirs_exist_ok=True)
