@@ -75,33 +75,35 @@ def trained(alphabet=(), **options):
 
 
 def by_bytes():
-    """GPT-2's own class, with added tokens of two kinds behind the vocabulary, and RoBERTa's ends."""
+    """GPT-2's own class, with added tokens of two kinds behind the vocabulary, one of which RoBERTa's processor puts in front."""
     model = trained(pre_tokenizers.ByteLevel.alphabet())
     made = GPT2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     made.add_tokens([AddedToken("<plain>"), AddedToken("return", normalized=False), AddedToken("<more>", special=True)])
     made.backend_tokenizer.post_processor = processors.Sequence(
-        [processors.ByteLevel(), processors.RobertaProcessing(("</s>", made.eos_token_id), ("<s>", made.bos_token_id), add_prefix_space=False)])
+        [processors.ByteLevel(), processors.RobertaProcessing(("</s>", made.eos_token_id), ("<more>", len(made) - 1), add_prefix_space=False)])
     return made
 
 
 def with_fallback():
-    """Llama's own class: characters, bytes for those it lacks, and every way to merge two tokens into a third."""
+    """Llama's own class: characters, bytes for those it lacks, every way to merge two tokens into a third, special tokens last, BOS in front."""
     vocabulary = list(trained()["vocab"])
-    tokens = [*vocabulary[:3], *(f"<0x{byte:02X}>" for byte in range(256)), *vocabulary[3:]]
+    tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), *vocabulary[3:], *vocabulary[:3]]
     numbers = {token: number for number, token in enumerate(tokens)}
     merges = [(token[:at], token[at:]) for token in vocabulary[3:] for at in range(1, len(token)) if {token[:at], token[at:]} <= numbers.keys()]
-    return LlamaTokenizer(vocab=numbers, merges=merges, unk_token="<unk>", bos_token="<s>", eos_token="</s>", add_bos_token=True)
+    made = LlamaTokenizer(vocab=numbers, merges=merges, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", made.bos_token_id)])
+    return made
 
 
-@pytest.mark.parametrize("make", [by_bytes, with_fallback])
-def test_the_tasks_text_is_cut_as_before_and_any_other_more_coarsely(make):
+@pytest.mark.parametrize(("make", "first"), [(by_bytes, "<more>"), (with_fallback, "<s>")])
+def test_the_tasks_text_is_cut_as_before_and_any_other_more_coarsely(make, first):
     tokenizer = make()
     full = hosted("LlamaForCausalLM", tokenizer)
     kept = needed(full, encode(tokenizer, TEXTS))
     small = cut(full, kept)
     assert len(small.tokenizer) == len(kept.tokens) < len(tokenizer) and all(alike(full, small, kept, TEXTS))
     before, after = tokenizer(ROWS[0].prompt)["input_ids"], small.tokenizer(ROWS[0].prompt)["input_ids"]
-    assert kept.renumbered(torch.tensor(before)).tolist() == after and small.tokenizer.bos_token_id == after[0]
+    assert kept.renumbered(torch.tensor(before)).tolist() == after and before[0] != after[0] == kept.tokens.index(first)
     texts = [(row.prompt, row.completion) for row in TASKS["stories"].rows("trace", 40)]
     assert not all(alike(full, small, kept, texts))
     for text in (OTHER, *(prompt for prompt, _ in texts)):
