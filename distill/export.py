@@ -108,11 +108,12 @@ def rows_kept(facts: dict[str, Any]) -> list[str]:
     if (cost := facts.get("vocabulary")) is None:
         return []
     saved = cost["parameters"] * getattr(torch, facts["dtype"]).itemsize
+    coarser = ["text outside the task is tokenised more coarsely (more and smaller pieces), and a dropped token is never written; "
+               "all scores were taken with all rows"] if saved else []
     return [
         f"vocabulary: {cost['rows']:,} of {cost['of']:,} rows, {saved:,} bytes saved: tokens of {cost['clean_rows']:,} clean rows and "
         f"{cost['tune_rows']:,} tune rows ({cost['of_tune_alone']:,} met only there) and their merges, special tokens and bytes",
-        "text outside the task is tokenised more coarsely (more and smaller pieces), and a dropped token is never written; "
-        "all scores were taken with all rows",
+        *coarser,
         f"against all rows, on {cost['held_out']:,} other tune rows: same tokens in {cost['same_tokens']:.2%}, same greedy text in "
         f"{cost['same_text']:.2%}; logits of kept tokens within {cost['max_abs_logit_diff']:.2g}"]
 
