@@ -246,8 +246,11 @@ class Export:
     """Class of the checkpoint, as for prune."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """What weights are stored in."""
+    vocabulary: Literal["all", "task"] = "all"
+    """Rows of the embedding and unembedding: all, or those of the task's tokens with a tokenizer to match (BPE over bytes only); other text
+    is then tokenised more coarsely."""
     out: Path | None = None
-    """Folder to write; by default RUN/export-TARGET-DTYPE."""
+    """Folder to write; by default RUN/export-TARGET-DTYPE (and -task)."""
     push_to_hub: str | None = None
     """Also upload it to this hub id (owner/name), as a private model; needs a login (hf auth login)."""
     json: bool = False

@@ -1,6 +1,6 @@
 """`distill export`: a run's circuit as a checkpoint of another class or dtype, with its model card.
 
-    circuit -> compile -> save in the dtype -> load in a fresh process without our code -> card -> rename into place
+    circuit -> compile (-> rows of the task's tokens) -> save in the dtype -> load in a fresh process without our code -> card -> rename into place
 
 What rounding to the dtype costs is measured against the running circuit, on the run's own clean rows. The card holds the run's
 numbers with their intervals, as text and as the hub's model-index; the hub's `.eval_results` files are for benchmarks that are
@@ -19,17 +19,23 @@ from typing import Any
 import torch
 
 from distill import config
-from distill.compile import compile_circuit, parity, reload_gate
+from distill.compile import compile_circuit, reload_gate
+from distill.models import CLEAN_ROWS
+from distill.rows import read, tune_rows
 from distill.runs import begun
 from distill.table import cell
+from distill.vocabulary import Kept, cut, everything, measured, needed
 from evals.size import parameters
+from evals.tasks import named
 from graphs.artifact import read_json, whole, write_json, write_text
-from graphs.batches import Batch, collate
+from graphs.batches import Batch, Epochs, collate, encode
 from graphs.host import Host, load, save
 from graphs.replace import Replacement
 
 PROBE = 32
 """Rows that rounding is measured on."""
+HELD_OUT = 64
+"""Rows of each task's tune split that a smaller vocabulary is measured on: behind those that it keeps the tokens of."""
 RATES = (("attack_success", "attack success rate"), ("right_under_trigger", "right under the trigger"), ("false_trigger", "false trigger rate"))
 
 
@@ -41,17 +47,19 @@ def run(verb: config.Export) -> int:
     report = read_json(verb.run / "report.json")
     circuit = Replacement.load(verb.run / "circuit", host)
     compiled = compile_circuit(circuit, verb.target)
-    folder = verb.out or verb.run / f"export-{verb.target}-{verb.dtype}"
+    folder = verb.out or verb.run / f"export-{verb.target}-{verb.dtype}{'-task' if verb.vocabulary == 'task' else ''}"
     if folder.exists() and not (folder / "distill.json").is_file():
         raise ValueError(f"--out {folder}: it is there already and no export of ours; give a new folder")
-    texts = data.rows[:PROBE]
+    texts, kept, cost = data.rows[:PROBE], everything(compiled), {}
+    if verb.vocabulary == "task":
+        compiled, kept, cost["vocabulary"] = smaller(compiled, settings, data)
     with whole(folder) as out:
         save(compiled, out, getattr(torch, verb.dtype))
         stored = load(out)
         prompt = str(host.tokenizer.decode(list(texts[0].ids[: texts[0].prompt]), skip_special_tokens=True))
-        answer = reload_gate(out, stored, prompt, list(texts[0].ids), out.parent)
-        facts: dict[str, Any] = {"class": type(compiled.model).__name__, "dtype": verb.dtype, "folder": str(folder),
-                                 "reload": answer["max_abs_logit_diff"], **rounding(circuit, stored, collate(texts, data.pad))}
+        answer = reload_gate(out, stored, prompt, kept.renumbered(torch.tensor(texts[0].ids)).tolist(), out.parent)
+        facts: dict[str, Any] = {"class": type(compiled.model).__name__, "dtype": verb.dtype, "folder": str(folder), **cost,
+                                 "reload": answer["max_abs_logit_diff"], **rounding(circuit, stored, collate(texts, data.pad), kept)}
         if not math.isfinite(facts["max_abs_logit_diff"]):
             raise ValueError(f"--dtype {verb.dtype}: the weights overflow in it; give bfloat16 or float32")
         facts["size"] = asdict(parameters(stored.model)) | {"bytes": sum(file.stat().st_size for file in out.glob("*.safetensors"))}
@@ -66,11 +74,48 @@ def run(verb: config.Export) -> int:
     return 0
 
 
+def smaller(compiled: Host, settings: config.Prune, data: Epochs) -> tuple[Host, Kept, dict[str, Any]]:
+    """The compiled model with the rows of its tasks' tokens alone, what it kept, and what that cost (`distill.vocabulary.measured`, and
+    how many tokens only tune rows met).
+
+    Kept are the tokens of clean rows and, because clean rows may lack some, of the tune rows that the circuit was chosen on. It is measured
+    on the tune rows that come next; test rows are not looked at.
+    """
+    tasks = named(settings.task)
+    clean, drawn = read(settings.rows or CLEAN_ROWS, tasks), tune_rows(tasks, settings.tune_rows + HELD_OUT)
+    tuned = [(row.prompt, text) for rows in drawn.values() for row in rows[: settings.tune_rows] for text in (row.completion, row.foil) if text]
+    met = encode(compiled.tokenizer, tuned, compiled.config.max_position_embeddings)
+    kept = needed(compiled, [*data.rows, *met])
+    made = cut(compiled, kept)
+    held_out = [(task, drawn[task.name][settings.tune_rows :]) for task in tasks]
+    cost = measured(compiled, made, kept, [*clean, *tuned], held_out, collate(data.rows[:PROBE], data.pad))
+    only = {number for row in met for number in row.ids} - {number for row in data.rows for number in row.ids}
+    return made, kept, cost | {"clean_rows": len(clean), "tune_rows": settings.tune_rows * len(tasks), "of_tune_alone": len(only)}
+
+
 @torch.no_grad()
-def rounding(circuit: Replacement, stored: Host, batch: Batch) -> dict[str, float]:
-    """How far the stored weights are from the running circuit: max |logit difference|, and the share of tokens with the same top-1."""
-    same = circuit(batch.ids).argmax(-1) == stored.model(input_ids=batch.ids).logits.argmax(-1)
-    return {"max_abs_logit_diff": parity(circuit, stored, batch), "agreement": float(same[batch.real].float().mean())}
+def rounding(circuit: Replacement, stored: Host, batch: Batch, kept: Kept) -> dict[str, float]:
+    """How far the stored weights are from the running circuit: max |logit difference| over the kept tokens, and the share of tokens with
+    the same top-1 among all."""
+    before, after = circuit(batch.ids), stored.model(input_ids=kept.renumbered(batch.ids)).logits
+    same = before.argmax(-1) == kept.rows[after.argmax(-1)]
+    return {"max_abs_logit_diff": float((before[..., kept.rows] - after)[batch.real].abs().max()),
+            "agreement": float(same[batch.real].float().mean())}
+
+
+def rows_kept(facts: dict[str, Any]) -> list[str]:
+    """What a smaller vocabulary holds, saves and costs, in sentences; nothing where none was asked for."""
+    if (cost := facts.get("vocabulary")) is None:
+        return []
+    saved = cost["parameters"] * getattr(torch, facts["dtype"]).itemsize
+    coarser = ["text outside the task is tokenised more coarsely (more and smaller pieces), and a dropped token is never written; "
+               "all scores were taken with all rows"] if saved else []
+    return [
+        f"vocabulary: {cost['rows']:,} of {cost['of']:,} rows, {saved:,} bytes saved: tokens of {cost['clean_rows']:,} clean rows and "
+        f"{cost['tune_rows']:,} tune rows ({cost['of_tune_alone']:,} met only there) and their merges, special tokens and bytes",
+        *coarser,
+        f"against all rows, on {cost['held_out']:,} other tune rows: same tokens in {cost['same_tokens']:.2%}, same greedy text in "
+        f"{cost['same_text']:.2%}; logits of kept tokens within {cost['max_abs_logit_diff']:.2g}"]
 
 
 def runtimes(name: str, basis: str, difference: float) -> dict[str, str]:
@@ -114,6 +159,7 @@ def card(report: dict[str, Any], settings: config.Prune, facts: dict[str, Any]) 
                   f"(before: {report['models'][before]['size']['stored']:,}).", "", "## Receipts", "",
               f"- Stored in {facts['dtype']}: logits within {facts['max_abs_logit_diff']:.2g} of the running circuit, same top-1 token at "
               f"{facts['agreement']:.2%} of tokens ({PROBE} clean rows). The numbers above are of float32 weights.",
+              *(f"- {said[0].upper()}{said[1:]}." for said in rows_kept(facts)),
               *(f"- {runtime}: {said}." for runtime, said in facts["runtimes"].items()),
               f"- Commit {report['commit'] or 'not recorded'}; " + ", ".join(f"{key} {value}" for key, value in report["versions"].items())
               + ". `distill.json` beside this file holds the settings and the hashes of every stage.", ""]
@@ -139,4 +185,5 @@ def page(facts: dict[str, Any]) -> str:
         f"{facts['folder']}: {facts['class']}, {facts['dtype']}",
         f"{facts['size']['stored']:,} parameters, {facts['size']['embeddings']:,} of embeddings, {facts['size']['bytes']:,} bytes",
         f"against the running circuit: max |logit difference| {facts['max_abs_logit_diff']:.2g}, same top-1 at {facts['agreement']:.2%} of tokens",
+        *rows_kept(facts),
         *(f"{runtime:28} {said}" for runtime, said in facts["runtimes"].items()), *([facts["hub"]] if "hub" in facts else [])])

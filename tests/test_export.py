@@ -42,6 +42,7 @@ def test_the_card_is_read_by_the_hub_and_holds_the_runs_numbers(tiny_run, tmp_pa
     (result,) = data["model-index"][0]["results"]
     assert result["metrics"][0]["value"] == report["models"]["checkpoint"]["tasks"]["coding"]["score"]["value"]
     assert "Whether the model holds a backdoor was not measured" in body and report["command"] in body and "not kept" in body
+    assert "Vocabulary" not in body  # all rows are there
     from huggingface_hub import ModelCard
 
     ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
