@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
 
 from distill import config
@@ -43,9 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         chosen = _parse(verb, arguments)
         config.check(chosen)
-        return importlib.import_module(VERBS[verb][1]).run(chosen)
+        status = importlib.import_module(VERBS[verb][1]).run(chosen)
+        sys.stdout.flush()
+        return status
     except ValueError as error:
         return _refuse(str(error))
+    except BrokenPipeError:  # whoever read our answer has enough of it (distill explain ... | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _refuse(f"the disk is full while writing {error.filename or 'the run folder'}: free some space and start the same command again")

@@ -179,6 +179,8 @@ class Curve:
     """Rows of each task's tune split."""
     score_batches: int = 12
     """Batches of clean rows that scores are taken on."""
+    answers: int = 0
+    """Also compile what the first score keeps of a tenth of the nodes and more, let it answer as many tune rows of each task, and time it."""
     seed: int = 0
     """Seed of the random score."""
     json: bool = False
@@ -284,7 +286,7 @@ class Plant:
 BUDGETS = ("target_params", "target_ratio", "target_memory", "target_nodes")
 """Flags that choose the circuit by its size; at most one, and not beside --keep."""
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_tokens": 0,
-         "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
+         "answers": 0, "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
          "judged": 32, "target_params": 1, "target_nodes": 1, "score_batches": 1}
 """Smallest value of each numeric field that has one."""

@@ -13,17 +13,24 @@ from typing import Any
 import torch
 
 from distill import config
+from distill.compile import compile_circuit
 from distill.rows import tune_rows
 from distill.runs import begun
+from distill.search import measure as measure_answers
+from evals.sandbox import Sandbox
+from evals.size import parameters, speed
+from evals.statistics import mean, proportion
 from evals.tasks import named
 from graphs.batches import Epochs, encode
-from graphs.curve import Curve, trace_curve
+from graphs.curve import opened, trace_curve
 from graphs.replace import Replacement
 from graphs.scores import SCORES
 
 LEARNED = "gates"
 BATCH = 32
 SHOWN = (0.01, 0.05, 0.1, 0.2, 0.5)
+COMPILED = (0.1, 0.2, 0.5, 1.0)
+"""Shares that are compiled, with --answers."""
 
 
 def run(verb: config.Curve) -> int:
@@ -53,15 +60,29 @@ def measure(verb: config.Curve, names: tuple[str, ...]) -> dict[str, Any]:
     batches = [judged(step) for step in range(judged.per_epoch)]
     with torch.no_grad():
         targets = [host.model(input_ids=batch.ids).logits for batch in batches]
-    curves: dict[str, Curve] = {}
-    for name in names:
-        order = load_file(gated / "gates.safetensors") if name == LEARNED else SCORES[name](
-            replacement, data, verb.score_batches, components, verb.seed)
-        curves[name] = trace_curve(replacement, order, batches, targets)
+    orders = {name: load_file(gated / "gates.safetensors") if name == LEARNED else SCORES[name](
+        replacement, data, verb.score_batches, components, verb.seed) for name in names}
+    curves = {name: trace_curve(replacement, order, batches, targets) for name, order in orders.items()}
     return {"run": str(verb.run), "task": settings.task, "basis": settings.basis,
             "attention_nodes": "components" if components else "heads", "parts": "as gated" if learned else "as fitted",
             "rows": len(rows), "nodes": sum(replacement.node_counts(components).values()),
-            "curves": {name: asdict(curve) for name, curve in curves.items()}}
+            "curves": {name: asdict(curve) for name, curve in curves.items()},
+            "compiled": compiled(replacement, orders[names[0]], components, verb, settings) if verb.answers else None}
+
+
+def compiled(replacement: Replacement, order: dict, components: bool, verb: config.Curve, settings: config.Prune) -> list[dict]:
+    """What the best share of the nodes is as a checkpoint, for each share in `COMPILED`: stored parameters, right answers on tune
+    rows by task, tokens a second (in turns, batches of 32)."""
+    tasks, hosts = named(settings.task), {}
+    rows = tune_rows(tasks, verb.answers)
+    for share in COMPILED:
+        kept = {name: gate.nonzero().flatten() for name, gate in opened(order, share).items()}
+        hosts[f"{share:g}"] = compile_circuit(replacement.pruned(kept, components), settings.target)
+    with Sandbox() as sandbox:
+        right = {name: measure_answers(host, tasks, rows, sandbox) for name, host in hosts.items()}
+    times = speed(hosts, [row.prompt for row in next(iter(rows.values()))])
+    return [{"share": float(name), "params": parameters(host.model).stored, "tokens_per_second": mean(times[name]).to_json(),
+             "right": {task: proportion(sum(found), len(found)).to_json() for task, found in right[name].items()}} for name, host in hosts.items()]
 
 
 def page(found: dict[str, Any]) -> str:
@@ -73,6 +94,11 @@ def page(found: dict[str, Any]) -> str:
         points = {point["share"]: point for point in curve["points"]}
         shown = "  ".join(f"{points[share]['faithfulness']:5.2f}/{points[share]['kl']:5.2f}" for share in SHOWN)
         lines.append(f"{name:12} {curve['cpr']:6.3f} {curve['cmd']:6.3f}   {'':22}{shown}")
+    for point in found["compiled"] or ():
+        said = ", ".join(f"{task} {score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" for task, score in point["right"].items())
+        lines += [""] * (point is found["compiled"][0])
+        size, pace = point["params"], point["tokens_per_second"]["value"]
+        lines.append(f"{point['share']:4.0%} compiled: {size:9,} parameters, {pace:6,.0f} tokens/s, right: {said}")
     return "\n".join([
         *lines, "", "Best nodes of each site open, the others at their means, nothing healed. CPR: area under faithfulness (more is better). CMD:",
         "area between faithfulness and 1 (less is better). KL to the model, nats a completion token."])

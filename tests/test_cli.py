@@ -112,6 +112,13 @@ def test_a_full_disk_is_one_sentence(capsys, model, tmp_path, monkeypatch):
     assert "the disk is full" in refused(capsys, "prune", "--model", model, "--out", tmp_path / "run")
 
 
+def test_a_reader_that_closes_the_pipe_early_sees_no_traceback(tiny_run):
+    asked = [sys.executable, "-m", "distill", "explain", "--listing", "--run", str(tiny_run), "--rows", "16"]
+    running = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running.stdout.close()
+    assert "Traceback" not in running.stderr.read() and running.wait() == 141
+
+
 def test_config_files_set_fields_flags_override_and_unknown_keys_are_refused(capsys, tmp_path):
     from distill.__main__ import _parse
 

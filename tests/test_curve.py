@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distill.__main__ import main
+from distill.curve import COMPILED
 from distill.runs import begun
 from graphs.batches import Batch
 from graphs.curve import SHARES, opened, trace_curve
@@ -72,6 +73,11 @@ def test_the_verb_compares_scores(learned, capsys):
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines[3:6]} == {"gates", "relp", "random"} and "CMD" in lines[2]
+    assert main([*argv, "--answers", "4", "--json"]) == 0
+    points = json.loads(capsys.readouterr().out)["compiled"]
+    assert [point["share"] for point in points] == list(COMPILED) and all(point["right"]["coding"]["count"] == 4 for point in points)
+    sizes = [point["params"] for point in points]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] and all(point["tokens_per_second"]["value"] > 0 for point in points)
     shutil.rmtree(learned / ".work" / "gated")
     assert main(argv) == 2 and "name other scores" in capsys.readouterr().err
 
