@@ -11,6 +11,7 @@ the outcome of every prompt, so that methods are compared prompt by prompt.
     ours, SCORE alone          the same, nodes ranked by a score, and healed for the batches that gates would have taken
     ours, random nodes         the control: a random graph of equal size
     ours, neurons              the model's own neurons instead of transcoders: `--basis neurons`
+    ours, heads and layers     whole layers instead of neurons: `--basis layers`
     magnitude, Wanda,          the model's own neurons and attention, dropped by a score, then healed for all the batches
     random mask
     layer drop                 whole layers dropped, the most that fit, then healed for all the batches
@@ -60,6 +61,7 @@ SHAPES = "ours"
 OURS: dict[str, dict] = {
     SHAPES: {},
     "ours, neurons": {"basis": "neurons", "target": "own"},
+    "ours, heads and layers": {"basis": "layers", "target": "own"},
     **{f"ours, {name}": {"score": score, "gate_steps": 0} for name, score in (
         ("integrated gradients alone", "integrated"), ("Fisher alone", "fisher"), ("RelP alone", "relp"), ("random nodes", "random"))},
     **{name: PRUNED | {"score": score} for name, score in (("magnitude", "magnitude"), ("Wanda", "activation"), ("random mask", "random"))},
