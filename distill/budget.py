@@ -64,8 +64,10 @@ def affordable(
     return sizes[bisect_left(sizes, True, key=lambda size: spent(size) <= limit)]
 
 
-def check(replacement: Replacement, verb: config.Prune, whole: int) -> None:
-    """Refuse a budget that no circuit can meet, before anything is fitted: costs do not depend on which nodes are kept."""
+def bought(replacement: Replacement, verb: config.Prune, whole: int) -> Member:
+    """The size that the verb's budget buys, known before anything is fitted: costs do not depend on which nodes are kept. Raises ValueError as
+    `affordable` does."""
     components = verb.attention_nodes == "components"
-    smallest = family(replacement, legal_groups(replacement.model, verb.target, verb.basis != "features"), components)[-1:]
-    affordable(replacement, {name: torch.zeros(count) for name, count in replacement.node_counts(components).items()}, smallest, verb, whole)
+    sizes = family(replacement, legal_groups(replacement.model, verb.target, verb.basis != "features"), components)
+    order = {name: torch.zeros(count) for name, count in replacement.node_counts(components).items()}
+    return affordable(replacement, order, sizes, verb, whole)

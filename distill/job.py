@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distill import config
-from distill.budget import check
+from distill.budget import bought
 from distill.compile import home
 from distill.rows import batches
 from evals.size import parameters
 from evals.tasks import Task
+from graphs.artifact import read_json
 from graphs.batches import Encoded, Epochs
 from graphs.fit import FitConfig
 from graphs.host import Host, load
@@ -32,6 +34,8 @@ class Job:
     tasks: Sequence[Task]
     folder: Path
     verb: config.Fit
+    drawn: float
+    """Share of nodes that gates are drawn to."""
 
     @property
     def work(self) -> Path:
@@ -43,12 +47,21 @@ def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task]
     """Load the model and tokenise the rows. Raises ValueError where no class could hold the circuit, or none is as small as asked."""
     host = load(model)
     home(host.model, verb.target if isinstance(verb, config.Prune) else "auto", verb.basis != "features", verb.attention == "kept")
-    if isinstance(verb, config.Prune) and verb.budget is not None:
-        settings = fit_settings(verb)
-        start = from_noise(host, settings.features, settings.seed, settings.attention, settings.skip, settings.basis)
-        check(start, verb, parameters(host.model).stored)
+    share = drawn(host, verb) if isinstance(verb, config.Prune) else PruneConfig.target
     data, rows = batches(host, texts, verb.batch, verb.seed)
-    return Job(host, texts, data, Targets(host, data), rows, tasks, verb.out, verb)
+    return Job(host, texts, data, Targets(host, data), rows, tasks, verb.out, verb, share)
+
+
+def drawn(host: Host, verb: config.Prune) -> float:
+    """Share of nodes that gates are drawn to: what the budget buys, for which nodes are best depends on how many are kept (LOG.md); as in the
+    run to start from. Raises ValueError where the budget buys nothing."""
+    share = PruneConfig.target
+    if verb.budget is not None:
+        settings = fit_settings(verb)
+        graph = from_noise(host, settings.features, settings.seed, settings.attention, settings.skip, settings.basis)
+        size = bought(graph, verb, parameters(host.model).stored)
+        share = size.share if size.layers is None else math.sqrt(size.share)  # layers and heads fall side by side
+    return share if verb.start is None else read_json(verb.start / ".work" / "gated" / "receipt.json")["settings"]["target"]
 
 
 def fit_settings(verb: config.Fit) -> FitConfig:
@@ -60,6 +73,6 @@ def fit_settings(verb: config.Fit) -> FitConfig:
                      attention=verb.attention, skip=verb.skip, basis=verb.basis, seed=verb.seed)
 
 
-def gate_settings(verb: config.Prune) -> PruneConfig:
+def gate_settings(job: Job, verb: config.Prune) -> PruneConfig:
     """The gates' settings from the flags."""
-    return PruneConfig(score=verb.score, steps=verb.gate_steps, seed=verb.seed, components=verb.attention_nodes == "components")
+    return PruneConfig(score=verb.score, steps=verb.gate_steps, target=job.drawn, seed=verb.seed, components=verb.attention_nodes == "components")

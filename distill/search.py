@@ -24,7 +24,7 @@ from torch import Tensor
 from distill import config
 from distill.budget import affordable, stored
 from distill.compile import legal_groups
-from distill.job import Job, gate_settings
+from distill.job import Job
 from evals.capability import answers, grade
 from evals.fidelity import compare
 from evals.sandbox import Sandbox
@@ -153,8 +153,7 @@ class Search:
 
     def first(self) -> int:
         """Which rung is tried first: the largest within what the gates were drawn to."""
-        target = gate_settings(self.verb).target
-        return max((place for place, size in enumerate(self.rungs()) if size.share <= target), default=0)
+        return max((place for place, size in enumerate(self.rungs()) if size.share <= self.job.drawn), default=0)
 
     def steps(self, tokens: int) -> int:
         """Batches that hold `tokens` tokens."""

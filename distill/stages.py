@@ -72,7 +72,7 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
     """.work/gated/: learn the gates while the parts adapt; save parts and gate logits."""
     from safetensors.torch import save_file
 
-    settings, started = gate_settings(verb), time.monotonic()
+    settings, started = gate_settings(job, verb), time.monotonic()
 
     def make(out: Path) -> dict:
         replacement = Replacement.load(job.folder / "graph", job.host)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from distill import config
-from distill.job import prepare
+from distill.job import gate_settings, prepare
 from distill.search import Healed, Search, Tuner, ratio
 from evals.tasks import TASKS
 from graphs.host import load
+from graphs.prune import PruneConfig
 from graphs.replace import from_noise
 
 
@@ -62,6 +63,20 @@ def test_a_budget_names_one_size(search, monkeypatch):
     seen = scripted(search, set(), monkeypatch)
     chosen = search.run()
     assert [features for features, _ in seen] == [chosen.size.features] == [32]
+
+
+def test_gates_are_drawn_to_the_size_that_a_budget_buys(search, tiny_model_folder, monkeypatch):
+    scripted(search, {48}, monkeypatch)
+    job = search.job
+    assert job.drawn == PruneConfig.target and gate_settings(job, search.verb).target == job.drawn
+    for basis in ("features", "layers"):
+        verb = replace(search.verb, keep=None, target_ratio=0.4, basis=basis, target="auto")
+        small = prepare(tiny_model_folder, job.texts, job.tasks, verb)
+        if basis == "features":
+            assert small.drawn == replace(search, job=small, verb=verb).run().size.share < job.drawn
+        else:
+            assert small.drawn == pytest.approx((1 / 2 * 1 / 3) ** 0.5)  # one of two layers, one of three heads
+        assert gate_settings(small, verb).target == small.drawn
 
 
 def test_healing_is_counted_in_tokens(search):
