@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from distill import config
-from distill.budget import affordable
-from distill.compile import compile_circuit, legal_groups
+from distill.budget import bought
+from distill.compile import compile_circuit
 from distill.models import find
 from evals.generate import decode, greedy
 from evals.size import parameters
@@ -30,7 +30,7 @@ from evals.statistics import ratio
 from graphs.architectures import sites
 from graphs.artifact import write_json
 from graphs.host import Host, load
-from graphs.prune import family, kept_nodes
+from graphs.prune import kept_nodes
 from graphs.replace import from_noise
 
 ROOT = Path(__file__).parent.parent
@@ -56,8 +56,7 @@ def halved(host: Host, verb: config.Prune) -> Host:
     """The model cut to half its parameters and compiled."""
     whole = from_noise(host, FEATURES, 0, "kept", basis=verb.basis)
     order = {name: torch.rand(count) for name, count in whole.node_counts().items()}
-    sizes = family(whole, legal_groups(host.model, verb.target, verb.basis == "neurons"))
-    size = affordable(whole, order, sizes, verb, parameters(host.model).stored)
+    size = bought(whole, verb, parameters(host.model).stored)
     return compile_circuit(whole.pruned(kept_nodes(order, size)), verb.target)
 
 

@@ -11,7 +11,7 @@ Stored counts are the compiled class's: padding to the widest layer and units th
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from distill import config
 from distill.compile import Target, legal_groups, shaped
 from evals.size import Size, held
 from graphs.prune import Size as Member
-from graphs.prune import family, kept_nodes
+from graphs.prune import columns, kept_nodes, uneven
 from graphs.replace import Replacement
 
 MB = 1 << 20
@@ -46,28 +46,27 @@ def cost(circuit: Replacement, kept: Mapping[str, Tensor], verb: config.Prune, w
             return size.stored
 
 
-def affordable(
-    replacement: Replacement, order: Mapping[str, Tensor], sizes: Sequence[Member], verb: config.Prune, whole: int
-) -> Member:
-    """The largest of `sizes` (largest first) within the budget, by bisection: costs fall with size. Raises ValueError where even the
-    smallest costs more, with what it costs."""
+def spent(replacement: Replacement, size: Member, verb: config.Prune, whole: int) -> float:
+    """What a circuit of this size costs, whichever nodes it keeps."""
+    order = {name: torch.zeros(count) for name, count in replacement.node_counts(size.components is not None).items()}
+    kept = kept_nodes(order, size)
+    return cost(replacement.pruned(kept, size.components is not None), kept, verb, whole)
+
+
+def bought(replacement: Replacement, verb: config.Prune, whole: int, most: Member | None = None) -> Member:
+    """The size that the verb's budget buys, known before anything is fitted: for each head count the largest within the budget (by
+    bisection, for costs fall with features), and of these the one whose shares of heads and features are closest. most: only sizes that fit
+    inside this one. Raises ValueError where even the smallest costs more, with what it costs."""
     assert verb.budget is not None
     name, limit = verb.budget
+    every = columns(replacement, legal_groups(replacement.model, verb.target, verb.basis != "features"), verb.attention_nodes == "components")
+    fitting = [[size for size in sizes if most is None or size.within(most)] for sizes in every]
 
-    def spent(size: Member) -> float:
-        kept = kept_nodes(order, size)
-        return cost(replacement.pruned(kept, size.components is not None), kept, verb, whole)
+    def price(size: Member) -> float:
+        return spent(replacement, size, verb, whole)
 
-    if (least := spent(sizes[-1])) > limit:
+    if (least := min(price(sizes[-1]) for sizes in fitting if sizes)) > limit:
         said = f"{least:,.0f}" if least >= 100 else f"{least:.3g}"
         raise ValueError(f"--{name.replace('_', '-')} {limit:g}: even the smallest circuit costs {said}; ask for more")
-    return sizes[bisect_left(sizes, True, key=lambda size: spent(size) <= limit)]
-
-
-def bought(replacement: Replacement, verb: config.Prune, whole: int) -> Member:
-    """The size that the verb's budget buys, known before anything is fitted: costs do not depend on which nodes are kept. Raises ValueError as
-    `affordable` does."""
-    components = verb.attention_nodes == "components"
-    sizes = family(replacement, legal_groups(replacement.model, verb.target, verb.basis != "features"), components)
-    order = {name: torch.zeros(count) for name, count in replacement.node_counts(components).items()}
-    return affordable(replacement, order, sizes, verb, whole)
+    found = [sizes[at] for sizes in fitting if (at := bisect_left(sizes, True, key=lambda size: price(size) <= limit)) < len(sizes)]
+    return min(found, key=lambda size: uneven(size, replacement))

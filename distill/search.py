@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distill import config
-from distill.budget import affordable, stored
+from distill.budget import bought, spent, stored
 from distill.compile import legal_groups
 from distill.job import Job
 from evals.capability import answers, grade
@@ -107,15 +107,17 @@ class Search:
 
     def smaller(self, best: Healed) -> list[Size]:
         """The rungs below `best`, largest first: none where it does not pass, or was not the first to be tried."""
+        verb = self.verb
+        if verb.start is not None and verb.budget is not None:
+            stored_whole = parameters(self.job.host.model).stored
+            if spent(self.whole, best.size, verb, stored_whole) <= verb.budget[1]:
+                raise ValueError(f"--start {verb.start}: its circuit ({best.size}) is within the budget already; ask for less, or leave --start out")
+            return [bought(self.whole, verb, stored_whole, best.size)]
         rungs = self.rungs()
-        if self.verb.start is not None:
-            below = [size for size in rungs[::-1] if size.share < best.size.share]
-            if self.verb.budget is not None and not below:
-                raise ValueError(f"--start {self.verb.start}: its circuit ({best.size}) is within the budget already; ask for less, "
-                                 "or leave --start out")
-            return below
+        if verb.start is not None:
+            return [size for size in rungs[::-1] if size.within(best.size) and size != best.size]
         first = self.first()
-        return rungs[:first][::-1] if self.verb.budget is None and self.passes(best) and best.size == rungs[first] else []
+        return rungs[:first][::-1] if verb.budget is None and self.passes(best) and best.size == rungs[first] else []
 
     def further(self, best: Healed, size: Size, steps: int) -> Healed:
         """`best` pruned to `size` and healed again."""
@@ -144,10 +146,11 @@ class Search:
 
     def rungs(self) -> list[Size]:
         """The sizes to try, smallest first."""
-        host = self.job.host
-        sizes = family(self.whole, legal_groups(host.model, self.verb.target, self.verb.basis != "features"), self.components)
+        model = self.job.host.model
+        legal = legal_groups(model, self.verb.target, self.verb.basis != "features")
         if self.verb.budget is not None:
-            return [affordable(self.whole, self.order, sizes, self.verb, parameters(host.model).stored)]
+            return [bought(self.whole, self.verb, parameters(model).stored)]
+        sizes = family(self.whole, legal, self.components)
         found = {next((size for size in sizes if size.share <= rung + 1e-9), sizes[-1]) for rung in RUNGS}
         return sorted(found, key=lambda size: size.share)
 

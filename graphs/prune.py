@@ -5,8 +5,8 @@
    while the parts adapt; a quadratic penalty draws each site's expected share of open gates to the target.
 3. *Order*: at each site the nodes are ranked by their gate. A circuit of size s keeps the best s of every site: the
    same width in every layer, because one config has one width and the widest layer is what gets stored. Head counts
-   step through those that the compiled class allows. The family is nested, so one number is enough to bisect.
-   Where whole layers are nodes, the best layers stay and the best heads within them, the same number in each.
+   step through those that the compiled class allows. The family is nested, so one number is enough to bisect. A
+   budget is spent on the pair of head and feature counts that uses it and keeps their shares closest.
 
 Which member to keep is for the caller to find, by what a healed member scores on the `tune` split.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -69,6 +69,10 @@ class Size:
     def key(self) -> str:
         """What tells it from the others of its family, as part of a file's name."""
         return str(self.features) if self.layers is None else f"{self.layers}x{self.heads}"
+
+    def within(self, other: Size) -> bool:
+        """Whether a circuit of this size fits inside one of the other."""
+        return self.heads <= other.heads and self.features <= other.features and (self.layers or 0) <= (other.layers or 0)
 
     def __str__(self) -> str:
         if self.layers is not None:
@@ -128,24 +132,41 @@ def learn_gates(
 
 
 def family(replacement: Replacement, legal_heads: tuple[int, ...], components: bool = False) -> list[Size]:
-    """The nested sizes, largest first: every legal group count with every feature count of the same share or the next; where whole
-    layers are nodes, from all layers and groups down to one layer of the fewest groups."""
+    """The nested sizes, largest first: every feature count with the fewest legal groups of the same share or more; where whole layers are
+    nodes, from all layers and groups down to one layer of the fewest groups."""
     if replacement.layers is not None:
         return _falling(replacement, legal_heads)
-    every = replacement.node_counts(True)
+    width, heads = _widest(replacement)
+    fewest = [min((h for h in legal_heads if h >= features / width * heads - 1e-9), default=heads) for features in range(width, 0, -STEP)]
+    return [_size(replacement, h, features, components) for h, features in zip(fewest, range(width, 0, -STEP), strict=True)]
+
+
+def columns(replacement: Replacement, legal_heads: tuple[int, ...], components: bool = False) -> list[list[Size]]:
+    """All sizes that a budget may buy: for each legal group count those of every feature count, largest first. Where whole layers are
+    nodes, the family is all there is."""
+    if replacement.layers is not None:
+        return [_falling(replacement, legal_heads)]
+    width, _ = _widest(replacement)
+    return [[_size(replacement, h, features, components) for features in range(width, 0, -STEP)] for h in legal_heads]
+
+
+def uneven(size: Size, replacement: Replacement) -> float:
+    """How far the shares of heads and of features are apart, as |log ratio|."""
+    return 0.0 if size.layers is not None else abs(math.log(size.heads / _widest(replacement)[1] / size.share))
+
+
+def _widest(replacement: Replacement) -> tuple[int, int]:
+    """The most features and the most groups that a layer has."""
     counts = replacement.node_counts()
-    width = max(count for name, count in counts.items() if name.endswith("mlp"))
-    heads = max(count for name, count in counts.items() if name.endswith("attention"))
-    sizes = []
-    for features in range(width, 0, -STEP):
-        share = features / width
-        allowed = [h for h in legal_heads if h >= share * heads - 1e-9]
-        few = Size(share, min(allowed, default=heads), features)
-        if components:
-            most = max(count for name, count in every.items() if name.endswith("attention"))
-            few = replace(few, components=math.ceil(share * most), per=most // heads)
-        sizes.append(few)
-    return sizes
+    return tuple(max(count for name, count in counts.items() if name.endswith(kind)) for kind in ("mlp", "attention"))  # type: ignore[return-value]
+
+
+def _size(replacement: Replacement, heads: int, features: int, components: bool) -> Size:
+    width, most_heads = _widest(replacement)
+    if not components:
+        return Size(features / width, heads, features)
+    most = max(count for name, count in replacement.node_counts(True).items() if name.endswith("attention"))
+    return Size(features / width, heads, features, math.ceil(features / width * most), most // most_heads)
 
 
 def _falling(replacement: Replacement, legal_heads: tuple[int, ...]) -> list[Size]:

@@ -5,10 +5,10 @@ import torch
 
 from distill import config
 from distill.__main__ import main
-from distill.budget import MB, affordable, cost, stored
+from distill.budget import MB, bought, cost, spent, stored
 from distill.compile import compile_circuit, legal_groups
 from evals.size import parameters
-from graphs.prune import family, kept_nodes
+from graphs.prune import columns, kept_nodes, uneven
 from graphs.replace import from_noise
 
 
@@ -21,15 +21,21 @@ def test_the_cost_is_that_of_the_compiled_model(tiny_host, target, basis, skip):
     assert (expected.stored, expected.embeddings, expected.bytes) == (real.stored, real.embeddings, real.bytes)
 
 
-@pytest.mark.parametrize(("name", "limit"), [("target_params", 30_000), ("target_ratio", 0.5), ("target_memory", 0.35), ("target_nodes", 60)])
-def test_the_largest_size_within_the_budget_is_taken(tiny_host, name, limit):
+@pytest.mark.parametrize(("name", "limit"), [("target_params", 30_000), ("target_ratio", 0.5), ("target_memory", 0.25), ("target_nodes", 80)])
+def test_the_budget_is_spent_on_the_best_balanced_size(tiny_host, name, limit):
     made, whole = from_noise(tiny_host, 64, 0), parameters(tiny_host.model).stored
-    order = {site: torch.rand(count) for site, count in made.node_counts().items()}
-    sizes = family(made, legal_groups(tiny_host.model))
     verb = config.Prune(**{name: limit})
-    costs = [cost(made.pruned(kept_nodes(order, size)), kept_nodes(order, size), verb, whole) for size in sizes]
-    chosen = sizes.index(affordable(made, order, sizes, verb, whole))
-    assert costs == sorted(costs, reverse=True) and costs[chosen] <= limit and (chosen == 0 or costs[chosen - 1] > limit)
+    chosen = bought(made, verb, whole)
+    order = {site: torch.rand(count) for site, count in made.node_counts().items()}
+    kept = kept_nodes(order, chosen)
+    assert spent(made, chosen, verb, whole) == cost(made.pruned(kept), kept, verb, whole) <= limit  # whichever nodes are kept
+    for sizes in columns(made, legal_groups(tiny_host.model)):
+        costs = [spent(made, size, verb, whole) for size in sizes]
+        largest = next((size for size, price in zip(sizes, costs, strict=True) if price <= limit), None)
+        assert costs == sorted(costs, reverse=True) and (largest is None or uneven(largest, made) >= uneven(chosen, made))
+        assert largest is None or largest.heads != chosen.heads or largest == chosen
+    inner = bought(made, config.Prune(**{name: limit * 0.8}), whole, chosen)
+    assert inner.within(chosen) and inner != chosen
 
 
 def test_memory_counts_embeddings_and_float32(tiny_host):

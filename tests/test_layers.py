@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distill import config
-from distill.budget import affordable, cost
+from distill.budget import bought, cost
 from distill.compile import compile_circuit, home, legal_groups, parity
 from evals.size import parameters
 from graphs.absorb import absorbed, moments
@@ -106,7 +106,7 @@ def test_sizes_fall_in_small_nested_steps_to_one_layer_and_so_do_costs(tiny_host
     for budget in ({"target_ratio": 0.5}, {"target_params": 30_000}, {"target_nodes": 4}, {"target_memory": 0.25}):
         verb = config.Prune(basis="layers", **budget)
         costs = [cost(whole.pruned(kept_nodes(order, size)), kept_nodes(order, size), verb, stored) for size in sizes]
-        chosen = sizes.index(affordable(whole, order, sizes, verb, stored))
+        chosen = sizes.index(bought(whole, verb, stored))
         assert costs == sorted(costs, reverse=True) and costs[chosen] <= verb.budget[1] < costs[chosen - 1]
 
 

@@ -62,7 +62,7 @@ def test_a_budget_names_one_size(search, monkeypatch):
     search = replace(search, verb=replace(search.verb, keep=None, target_ratio=0.4))
     seen = scripted(search, set(), monkeypatch)
     chosen = search.run()
-    assert [features for features, _ in seen] == [chosen.size.features] == [32]
+    assert [features for features, _ in seen] == [chosen.size.features] == [48]
 
 
 def test_gates_are_drawn_to_the_size_that_a_budget_buys(search, tiny_model_folder, monkeypatch):
