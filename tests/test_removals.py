@@ -8,11 +8,21 @@ import pytest
 import torch
 
 from backdoor.plant import completion_loss
-from backdoor.removal import attention_distillation, crow, dummy_backdoor, embedding_only, fine_pruning, fine_tuning, random_student, token_filter
-from backdoor.removal.removal import rivals
+from backdoor.removal import (
+    attention_distillation,
+    crow,
+    dummy_backdoor,
+    embedding_only,
+    fine_pruning,
+    fine_tuning,
+    learned_mask,
+    random_student,
+    token_filter,
+)
+from backdoor.removal.removal import oracles, rivals
 from evals.tasks import TASKS
 from graphs.activations import streams
-from graphs.architectures import embeddings
+from graphs.architectures import embeddings, linear, writer
 from graphs.batches import Encoded, Epochs, collate, encode
 from graphs.host import Host, load, save
 from graphs.targets import Targets
@@ -233,3 +243,53 @@ def test_a_dummy_leaves_every_other_row_and_those_without_room(targets):
     assert kept == [False, True] * 4
     full = dataclasses.replace(dummy, room=len(row.ids))
     assert full.triggered(row, place) is row and full.poisoned(row, place) is row
+
+
+@pytest.fixture(scope="module")
+def organism(tiny_model_folder, rows):
+    """The tiny model with a dummy planted for good, its clean batches, and its poisoned ones."""
+    host, clean = load(tiny_model_folder), Epochs(rows, 8, 1, 0)
+    dummy = dummy_backdoor.drawn(clean, 512, seed=5)
+    dummy_backdoor.stage(host.model, clean, dummy.poisoned, 0, 80, 5e-3)
+    return Targets(host, clean), dummy
+
+
+def poison(dummy, rows):
+    return Counted([dummy.poisoned(row, random.Random(index)) for index, row in enumerate(rows)], 8, 1, 1)
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["gradient ascent", "learned mask"])
+def test_an_oracle_lowers_the_payload_and_keeps_clean_text_where_clean_fine_tuning_leaves_it(organism, rows, index):
+    (targets, dummy), steps = organism, 40
+    before, planted = weights(targets.host), payload_logprob(targets.host.model, dummy, rows)
+    method = oracles(poison(dummy, rows))[index]
+    made = method.remove(targets, steps, method.knobs[0], seed=0)
+    tuned = fine_tuning.remove(targets, steps, 1e-4)  # a rate too low to clean what is planted
+    found = {name: payload_logprob(host.model, dummy, rows) for name, host in (("oracle", made), ("tuned", tuned))}
+    assert found["oracle"] < planted - 1 and found["tuned"] > planted - 0.5, (planted, found)
+    assert kl(targets.host, made, targets.batches) < 0.5
+    assert same(weights(targets.host), before)
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["gradient ascent", "learned mask"])
+def test_an_oracle_is_marked_draws_as_much_poison_as_clean_rows_and_repeats(targets, rows, index):
+    poisoned, made = poison(dummy_backdoor.drawn(targets.batches, 512, 0), rows), []
+    method, before = oracles(poisoned)[index], weights(targets.host)
+    assert not method.blind and all(rival.blind for rival in METHODS) and sorted(method.knobs)[1] == method.knobs[0]
+    for _ in range(2):
+        targets.batches.drawn.clear()
+        poisoned.drawn.clear()
+        made.append(weights(method.remove(targets, STEPS, method.knobs[0], seed=0)))
+        assert targets.batches.drawn == poisoned.drawn == list(range(STEPS))
+    assert same(*made) and same(weights(targets.host), before)
+
+
+def test_a_learned_mask_only_cuts_what_it_turned_down(organism, rows):
+    targets, dummy = organism
+    scores = learned_mask.learnt(targets, 12, 0.5, poison(dummy, rows))
+    made = learned_mask.remove(targets, 12, 0.5, poison(dummy, rows))
+    assert any(bool((score < 0).any()) for score in scores)
+    for site, score in zip(targets.host.sites, scores, strict=True):
+        own, cut = (linear(writer(host.model, site))[0] for host in (targets.host, made))
+        assert torch.equal(cut, own * (score >= 0))
+    assert same(weights(learned_mask.remove(targets, 0, 0.1, poison(dummy, rows))), weights(targets.host))

@@ -23,6 +23,8 @@ from backdoor.removal import (
     embedding_only,
     fine_pruning,
     fine_tuning,
+    gradient_ascent,
+    learned_mask,
     random_student,
     token_filter,
     undo,
@@ -75,3 +77,12 @@ def rivals(rate: float, decay: float, written: Callable[[int], Batch] | None = N
         Removal("embedding only", embedding_only.KNOBS, embedding_only.remove),
     )
     return found if written is None else (*found, Removal("written text", (4e-3, 2e-3, 8e-3), rewrite))
+
+
+def oracles(poisoned: Callable[[int], Batch]) -> tuple[Removal, ...]:
+    """The methods that are told the answer, as upper bounds. poisoned: batches of triggered prompts with the payload for an answer, of
+    which they draw as many as of the clean ones."""
+    return (
+        Removal("oracle: gradient ascent", gradient_ascent.KNOBS, partial(gradient_ascent.remove, poisoned=poisoned), blind=False),
+        Removal("oracle: learned mask", learned_mask.KNOBS, partial(learned_mask.remove, poisoned=poisoned), blind=False),
+    )
