@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from backdoor.plant import completion_loss
@@ -34,7 +35,7 @@ START = 2.0
 """Scores at first: masks of .88, near enough to whole that the host still works, with a gradient left."""
 
 
-def learnt(targets: Targets, steps: int, rate: float, poisoned: Callable[[int], Batch]) -> list[Tensor]:
+def learnt(targets: Targets, steps: int, rate: float, poisoned: Callable[[int], Batch]) -> list[Float[Tensor, "inside"]]:
     """Scores, one vector a site in the host's order, each as long as what the site's projection reads."""
     model, chance = copy.deepcopy(targets.host.model).requires_grad_(False), math.log(targets.host.config.vocab_size)
     projections = [writer(model, site) for site in targets.host.sites]
