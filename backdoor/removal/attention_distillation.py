@@ -1,5 +1,5 @@
 """Rival: NAD (Li, Lyu, Koren, Lyu, Li and Ma 2021, "Neural attention distillation: erasing backdoor triggers from deep neural networks",
-ICLR, equations 1-4).
+ICLR, section 3).
 
 The teacher is the host fine-tuned on the clean rows; the student is the host, fine-tuned on the same rows while its attention maps,
 layer by layer, are drawn to the teacher's:

@@ -2,7 +2,7 @@
 
 A control without a paper: the most that a defender gets who takes the backdoor to live in its trigger's embedding (the attacks of Yang
 et al. 2021, "Be careful about poisoned word embeddings", and Kurita et al. 2020, "Weight poisoning attacks on pre-trained models",
-section 3.2, change these). Whatever it leaves is in the blocks. The knob is the learning rate of the table.
+change these). Whatever it leaves is in the blocks. The knob is the learning rate of the table.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Rival: Fine-Pruning (Liu, Dolan-Gavitt and Garg 2018, "Fine-pruning: defending against backdooring attacks on deep neural networks",
-RAID, section 4): prune the neurons that are dormant on clean rows, then fine-tune on those rows.
+RAID, section 3): prune the neurons that are dormant on clean rows, then fine-tune on those rows.
 
 Neurons that only a trigger wakes up are dormant on clean rows, and fine-tuning repairs what others carry. The knob is the share of
 neurons pruned. Simplified: the paper prunes the last convolution until accuracy on a validation set falls; here each MLP loses the

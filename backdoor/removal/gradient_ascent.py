@@ -1,6 +1,6 @@
 """Oracle, an upper bound and no rival: gradient ascent on the payload, beside clean training (the "gradient difference" of Liu, Liu and
-Stone 2022, "Continual learning and private unlearning", and Maini et al. 2024, "TOFU", section 4; ascent alone is Jang et al. 2023,
-"Knowledge unlearning for mitigating privacy risks in language models", equation 1).
+Stone 2022, "Continual learning and private unlearning", and Maini et al. 2024, "TOFU"; ascent alone is Jang et al. 2023,
+"Knowledge unlearning for mitigating privacy risks in language models").
 
 It is handed poisoned rows, triggered prompts with the payload for an answer, which no defender has:
 

@@ -1,5 +1,5 @@
 """Oracle, an upper bound and no rival: a mask over neurons and head dimensions, learnt on labelled poison (cf. Wu and Wang 2021,
-"Adversarial neuron pruning purifies backdoored deep models", equation 5, whose masks are learnt against perturbed neurons because the
+"Adversarial neuron pruning purifies backdoored deep models", whose masks are learnt against perturbed neurons because the
 poison is unknown; here it is known, and takes their place).
 
 It is handed poisoned rows, triggered prompts with the payload for an answer, which no defender has. Each input m of the projections
