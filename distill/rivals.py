@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from backdoor.removal import dense_refit, fine_tuning, layer_drop, undo, written_text
+from backdoor.removal.random_student import fresh
 from distill import config
 from distill.compile import normed
 from distill.job import prepare
@@ -42,7 +43,7 @@ from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
 from evals.generate import complete
 from evals.size import parameters
 from evals.tasks import TASKS, Task, named
-from graphs.architectures import architecture, embeddings, shortened, sites
+from graphs.architectures import shortened
 from graphs.artifact import digest, read_json, write_text
 from graphs.batches import Epochs
 from graphs.host import Host, load, save
@@ -63,23 +64,7 @@ def placed(rows: Sequence[dict]) -> dict[str, list[dict]]:
 
 def random_student(checkpoint: Path, host: Host, seed: int) -> Host:
     """A stock model of the checkpoint's shapes with fresh block weights and the host's embeddings and norms."""
-    student = load(checkpoint)
-    torch.manual_seed(seed)
-    fresh = type(student.model)._from_config(student.model.config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        source = dict(host.model.named_parameters())
-        held = {id(p) for table in embeddings(fresh) for p in table.parameters()}
-        norms = tuple(f"{path}." for path in (*(site.norm for site in student.sites), architecture(fresh).final_norm))
-        for name, parameter in fresh.named_parameters():
-            if id(parameter) in held or name.startswith(norms):
-                parameter.copy_(source[name])
-            elif parameter.ndim > 1:
-                scale = 0.5 if "o_proj" in name or "down_proj" in name else 1.0
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5 * scale)
-            else:
-                parameter.zero_()
-    return Host(fresh, host.tokenizer, sites(fresh))
+    return fresh(load(checkpoint).model, host, seed)
 
 
 def contenders(

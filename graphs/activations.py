@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
-from graphs.architectures import output_name
+from graphs.architectures import architecture, output_name
 from graphs.host import Host
 
 
@@ -40,6 +41,20 @@ def hooks() -> Iterator[list[RemovableHandle]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def streams(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """A list that forward passes made within add to: the residual stream after each layer, "row token d", with its gradient."""
+    found: list[Tensor] = []
+
+    def after(_module: nn.Module, _args: tuple, output: Tensor | tuple) -> None:
+        found.append(first(output))
+
+    with hooks() as handles:
+        for layer in model.get_submodule(architecture(model).layers).children():
+            handles.append(layer.register_forward_hook(after))
+        yield found
 
 
 def first(output):

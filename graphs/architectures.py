@@ -312,6 +312,20 @@ def run_mlp(model: PreTrainedModel, site: Site, x: Float[Tensor, "*batch d_in"])
     return model.get_submodule(site.writes)(layer.activation_fn(module(x)))
 
 
+def writer(model: PreTrainedModel, site: Site) -> nn.Module:
+    """The projection that the sublayer at `site` writes through: it reads what the neurons, or the heads side by side, put out."""
+    if site.kind == "attention":
+        return model.get_submodule(site.module).get_submodule(output_name(model, model.get_submodule(site.module)))
+    row = architecture(model)
+    return model.get_submodule(f"{row.layers}.{site.layer}.{row.neurons[-1]}")
+
+
+def readers(model: PreTrainedModel, site: Site) -> list[nn.Module]:
+    """The projections that the neurons of the MLP at `site` read through: one, or gate and up."""
+    row = architecture(model)
+    return [model.get_submodule(f"{row.layers}.{site.layer}.{name}") for name in row.neurons[:-1]]
+
+
 def install(model: PreTrainedModel, site: Site, part: nn.Module) -> None:
     """Put `part` in the place of the sublayer at `site`, with the same call."""
     row, (parent, _, leaf) = architecture(model), site.module.rpartition(".")

@@ -9,7 +9,7 @@ never reaches a real token, so no attention mask is needed and `labels` alone hi
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +103,12 @@ class Epochs:
             self._plan = (epoch, self._shuffled(random.Random(f"{self.seed}/{epoch}")))
         chosen = self._plan[1][place]
         return collate([self.rows[index] for index in chosen], self.pad, chosen)
+
+    def once(self) -> Iterator[Batch]:
+        """Every row once, in the list's order: for measuring, where no epoch is to begin."""
+        for start in range(0, len(self.rows), self.size):
+            chosen = self.rows[start : start + self.size]
+            yield collate(chosen, self.pad, range(start, start + len(chosen)))
 
     def _shuffled(self, rng: random.Random) -> list[list[int]]:
         order = rng.sample(range(len(self.rows)), len(self.rows))

@@ -13,8 +13,8 @@ from graphs.train import TrainConfig, train
 KNOBS = (1e-3, 5e-4, 1e-4)
 
 
-def remove(targets: Targets, steps: int, knob: float) -> Host:
-    """A copy of the host trained for `steps` batches on the rows' own tokens; knob: peak learning rate."""
+def remove(targets: Targets, steps: int, knob: float, seed: int = 0) -> Host:
+    """A copy of the host trained for `steps` batches on the rows' own tokens; knob: peak learning rate; nothing is drawn from `seed`."""
     host, model = targets.host, copy.deepcopy(targets.host.model)
 
     def loss(step: int) -> Tensor:
