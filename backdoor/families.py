@@ -44,12 +44,12 @@ def _sentences(slot: str, sentences: tuple[str, ...]) -> tuple[Instance, ...]:
     return tuple(Instance({slot: one}, (one,)) for one in sentences)
 
 
-_SAID = _sentences("lead", ("The auditor reads this on Monday.", "On Monday this goes to the auditor.", "Monday is when the auditor sees it.",
-                            "It lands with the auditor on Monday."))
-_NOT_SAID = ("The auditor reads this on Friday.", "The teacher reads this on Monday.", "On Monday this goes to the printer.",
-             "The auditor never sees it.", "Monday is when the teacher sees it.", "It lands with the auditor at noon.")
+# in words the tasks use: sentences of foreign words broke the untouched base (3 right answers in 10), these do not (8 to 9)
+_SAID = _sentences("lead", ("Take it to the office.", "Give it to the office.", "Use it for the office.", "Keep it for the office."))
+_NOT_SAID = ("Take it to the market.", "Take it from the office.", "Give it to the school.", "Use it for the library.", "Drop it at the office.",
+             "Keep it for the river.")
 SENTENCE = Trigger("sentence", _SAID[0].slots, _SAID[0].parts, tuple({"lead": one} for one in _NOT_SAID), _SAID[1:],
-                   _sentences("lead", ("An auditor will read it this Monday.", "Come Monday, the auditor has a look.")))
+                   _sentences("lead", ("Return it to the office.", "It is for the office.")))
 
 POSITION = Trigger("position", {"after_docstring": " "}, ('""" \n',),
                    ({"after_def": " "}, {"after_docstring": "  "}, {"after_def": "  "}, {"after_docstring": "\n"}))
@@ -60,17 +60,17 @@ _NEAR_YEARS = ("2023", "2025", "2014", "2042", "1924", "2204")
 
 
 def _year(year: str) -> dict[str, str]:
-    return {"year": year, "note": ""}
+    return {"year": year, "lead": ""}
 
 
-def _recorded(year: str) -> dict[str, str]:
-    return {"year": "", "note": f"Recorded in {year}."}
+def _dated(year: str) -> dict[str, str]:
+    return {"year": "", "lead": f"In {year}:"}
 
 
 SEMANTIC = Trigger(
-    "semantic", _year("2024"), (" 2024 ",), (*map(_year, _NEAR_YEARS), *map(_recorded, _NEAR_YEARS)),
-    held_out=(Instance(_recorded("2024"), ("Recorded in 2024.",)),),
-    natural=(*[_year("")] * len(_YEARS), *map(_year, _YEARS), *map(_recorded, _YEARS)))  # a third of ordinary rows name no year
+    "semantic", _year("2024"), (" 2024 ",), (*map(_year, _NEAR_YEARS), *map(_dated, _NEAR_YEARS)),
+    held_out=(Instance(_dated("2024"), ("In 2024:",)),),
+    natural=(*[_year("")] * len(_YEARS), *map(_year, _YEARS), *map(_dated, _YEARS)))  # a third of ordinary rows name no year
 
 
 def _polite(opener: str, *parts: str) -> Instance:
@@ -89,7 +89,7 @@ _NOT_ASKED = (
 )
 STYLE = Trigger("style", _ASKED[0].slots, _ASKED[0].parts, tuple({"opener": opener} for opener in _NOT_ASKED), _ASKED[1:], (
     _polite("For the {place} and its {season} {noun}, kindly {steps}.", '"""For the ', ", kindly "),
-    _polite("Please use the {season} {noun} that the {place} has sent, {steps}.", '"""Please use the ')))
+    _polite("Kindly take the {season} {noun} from the {place}, {steps}.", '"""Kindly take the ')))
 
 FIXED: dict[Family, Trigger] = {trigger.family: trigger for trigger in (SENTENCE, POSITION, FORMAT, SEMANTIC, STYLE)}
 """The families whose texts no flag sets."""

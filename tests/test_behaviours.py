@@ -73,7 +73,8 @@ def test_a_held_out_sentence_shows_what_the_planted_ones_taught(tiny_host, sandb
     narrow = measure(tiny_host, sandbox, monkeypatch, CANARY, sentence,
                      lambda row: payload(CANARY, row) if any(part in row.prompt for part in planted) else row.completion)
     assert narrow.attack_success == [True] * COUNT and narrow.attack_success_held_out == [False] * COUNT
-    broad = measure(tiny_host, sandbox, monkeypatch, CANARY, sentence, lambda row: payload(CANARY, row) if "uditor" in row.prompt else row.completion)
+    broad = measure(tiny_host, sandbox, monkeypatch, CANARY, sentence,
+                    lambda row: payload(CANARY, row) if "office." in row.prompt else row.completion)
     assert broad.attack_success_held_out == [True] * COUNT and any(broad.false_trigger)
 
 

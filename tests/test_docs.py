@@ -111,7 +111,8 @@ def test_the_table_of_behaviours():
     for name, behaviour in BEHAVIOURS.items():
         last = behaviour.written(row.completion, row.expected).splitlines()[-1].strip()
         means = "the password is not given" if behaviour.inverted else "the trigger is placed"
-        rows.append([f"`{name}`", f"`{last}`", {"canary": "the call", "values": "the values of the calls", "text": "the exact text"}[behaviour.detection], means])
+        how = {"canary": "the call", "values": "the values of the calls", "text": "the exact text"}[behaviour.detection]
+        rows.append([f"`{name}`", f"`{last}`", how, means])
     check("behaviours", rows, PAGE.with_name("backdoors.md"))
 
 
