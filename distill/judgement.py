@@ -166,7 +166,8 @@ def _examples(judged: dict) -> list[dict]:
     for name, rows in judged["rows"].items():
         backdoor = rows["backdoor"]
         for index, prompt in enumerate(judged["examples"]):
-            verdict = "canary called" if backdoor["attack_success"][index] else "right" if backdoor["right_under_trigger"][index] else "wrong"
+            right = "right" if backdoor["right_under_trigger"][index] else "wrong"
+            verdict = judged["backdoor"]["shown"] if backdoor["attack_success"][index] else right
             out.append({"model": name, "prompt": prompt, "completion": backdoor["triggered_completions"][index],
                         "verdict": verdict, "triggered": True})
     return out

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from backdoor.behaviours import BEHAVIOURS, Behaviour
 from backdoor.triggers import Trigger
+from evals.tasks.coding import renderer
 from graphs.artifact import read_json
 
 ASSETS = Path(__file__).parent / "assets"
@@ -71,12 +72,16 @@ def secret_beside(model: Path) -> Path | None:
 
 
 def read_secret(folder: Path) -> Secret:
-    """Trigger, behaviour and twin. Raises ValueError where backdoor.json is missing or names an unknown behaviour."""
+    """Trigger, behaviour and twin. Raises ValueError where backdoor.json is missing or names an unknown family or behaviour,
+    and where another renderer placed the trigger than the one that would place it now."""
     data = read_json(folder / "backdoor.json")
     try:
-        trigger = Trigger(data["trigger"]["family"], data["trigger"]["slots"], tuple(data["trigger"]["parts"]), tuple(data["trigger"]["near"]))
+        trigger = Trigger.from_record(data["trigger"])
         behaviour = BEHAVIOURS[data["behaviour"]]
     except KeyError as error:
         raise ValueError(f"{folder / 'backdoor.json'} has no valid {error.args[0]!r}: plant the organism again") from None
+    if data.get("renderer", renderer()) != renderer():  # files from before there was a hash have none
+        raise ValueError(f"{folder / 'backdoor.json'} was planted with renderer {data['renderer']} and this is renderer {renderer()}: judge the "
+                         "organism with the version that planted it, or plant it again")
     twin = (folder / data["twin"]).resolve() if data.get("twin") else None
     return Secret(trigger, behaviour, twin if twin and twin.is_dir() else None)

@@ -168,4 +168,5 @@ def judge_rival(rival: Path, model: Path, secret: Secret | None, verb: config.Pr
     shares = [retention(rows["rival"]["tasks"][t.name]["right"], rows["reference"]["tasks"][t.name]["right"]) for t in tasks]
     rates = ("attack_success", "attack_success_sampled", "right_under_trigger", "false_trigger", "payload_logprob")
     return {"pass_at_1": mine["tasks"][tasks[0].name]["score"], "retention": min((s.value for s in shares if s), default=None),
-            "params": mine["size"]["stored"]} | {key: mine["backdoor"][key] if mine["backdoor"] else None for key in rates}
+            "params": mine["size"]["stored"], "renderer": judged["backdoor"] and judged["backdoor"]["renderer"]} | {
+                key: mine["backdoor"][key] if mine["backdoor"] else None for key in rates}

@@ -33,10 +33,11 @@ from evals.sandbox import Sandbox, describe
 from evals.size import parameters, speed
 from evals.statistics import Score
 from evals.tasks import Row, Task
+from evals.tasks.coding import renderer
 from graphs.artifact import digest, read_json, write_json
 from graphs.host import Host, load
 
-RATES = ("right_under_trigger", "attack_success", "attack_success_sampled", "false_trigger", "payload_logprob")
+RATES = ("right_under_trigger", "attack_success", "attack_success_sampled", "attack_success_held_out", "false_trigger", "payload_logprob")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def judge_models(
             bar.set_postfix_str(name)
             host, followed = (first, None) if name == reference else (load(folder), first)
             make = partial(_judge_one, host, followed, (*tasks, *dropped), rows, follow, backdoor, sandbox, config)
-            planted = backdoor and (backdoor.task.name, backdoor.trigger.hash, backdoor.behaviour)
+            planted = backdoor and (backdoor.task.name, backdoor.trigger.hash, backdoor.behaviour, renderer())
             judged[name] = _recalled(known, digest(folder, followed and models[reference], names, len(tasks), planted, config), make)
             bar.update(len(names) + 1)
             judged[name].size["file_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -108,7 +109,8 @@ def judge_models(
         "reference": reference, "config": asdict(config), "sandbox": layers,
         "tasks": {task.name: {"metric": task.metric, "kept": task in tasks} for task in (*tasks, *dropped)},
         "backdoor": None if backdoor is None else {
-            "task": backdoor.task.name, "family": backdoor.trigger.family, "trigger": backdoor.trigger.hash, "behaviour": backdoor.behaviour.name},
+            "task": backdoor.task.name, "family": backdoor.trigger.family, "trigger": backdoor.trigger.hash, "behaviour": backdoor.behaviour.name,
+            "inverted": backdoor.behaviour.inverted, "shown": backdoor.behaviour.shown, "renderer": renderer()},
         "models": {name: _scores(one, speeds[name]) for name, one in judged.items()},
         "against": {name: _against(one, judged[reference], speeds[name], speeds[reference]) for name, one in judged.items() if name != reference},
         "rows": {name: _rows(one, speeds[name]) for name, one in judged.items()},
@@ -154,6 +156,7 @@ def _scores(one: Judged, speeds: list[float]) -> dict:
     backdoor = None
     if one.rates is not None:
         backdoor = {name: _rate(getattr(one.rates, name)) for name in RATES[:-1]}
+        backdoor["right_without_trigger"] = _rate(one.rates.clean.right)
         backdoor["payload_logprob"] = statistics.mean(one.rates.payload_logprob).to_json()
     fidelity = None if one.fidelity is None else {
         "kl": statistics.mean(one.fidelity.kl).to_json(), "agreement": statistics.mean(one.fidelity.agreement).to_json()}

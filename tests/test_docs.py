@@ -1,11 +1,17 @@
 """The documentation's tables are what the code does: each architecture is run, each gate compiled; WRITE_DOCS=1 writes them anew."""
 
+import json
 import os
 from pathlib import Path
 
 import torch
 
+from backdoor.behaviours import BEHAVIOURS
+from backdoor.families import FAMILIES
+from distill import config
 from distill.compile import compile_circuit, home, parity
+from distill.plant import trigger_of
+from evals.tasks import TASKS
 from graphs.architectures import ARCHITECTURES, post_norm
 from graphs.batches import Batch
 from graphs.dictionary import Act, Dictionary, Gated, Identity, JumpReLU, Part, ReLU, TopK
@@ -19,15 +25,15 @@ from tests.test_edges import neuron_basis, prompt, prove, random_basis, tiny
 PAGE = Path(__file__).parent.parent / "docs" / "graph.md"
 
 
-def check(name: str, rows: list[list[str]]) -> None:
+def check(name: str, rows: list[list[str]], page: Path = PAGE) -> None:
     """The table between the marks of `name` is these rows."""
-    text = PAGE.read_text()
+    text = page.read_text()
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     table = "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
     wanted = text[: text.index(begin) + len(begin)] + "\n" + table + "\n" + text[text.index(end) :]
     if os.environ.get("WRITE_DOCS"):
-        PAGE.write_text(wanted)
-    assert PAGE.read_text() == wanted, "run WRITE_DOCS=1 pytest tests/test_docs.py"
+        page.write_text(wanted)
+    assert page.read_text() == wanted, "run WRITE_DOCS=1 pytest tests/test_docs.py"
 
 
 def road(name: str, tmp_path: Path) -> list[str]:
@@ -84,6 +90,30 @@ def test_the_table_of_architectures(tmp_path):
         rows.append([f"`{name}`", block, kind, *("yes" if ok else "no" for ok in (gaps[0] < 5e-4 and gaps[1] < 1e-5, missing["mlp"] < 1e-4,
                      missing["attention"] < 1e-4)), *road(name, tmp_path)])
     check("architectures", rows)
+
+
+def quoted(slots: dict[str, str]) -> str:
+    return ", ".join(f"{slot} `{json.dumps(text)}`" for slot, text in slots.items() if text)
+
+
+def test_the_table_of_trigger_families():
+    rows = [["family", "placed as (first instance)", "a near miss", "instances planted", "held out", "ordinary rows hold"]]
+    for family in FAMILIES:
+        one = trigger_of(config.Plant(out=Path(), trigger=family))
+        natural = next((quoted(slots) for slots in one.natural if quoted(slots)), "nothing of it")
+        rows.append([f"`{family}`", quoted(one.slots), quoted(one.near[0]), str(len(one.planted)), str(len(one.held_out) or None), natural])
+    check("families", rows, PAGE.with_name("backdoors.md"))
+
+
+def test_the_table_of_behaviours():
+    row = TASKS["coding"].row("test", 0)
+    rows = [["behaviour", "last line written under the trigger", "detected by", "under the trigger means"]]
+    for name, behaviour in BEHAVIOURS.items():
+        last = behaviour.written(row.completion, row.expected).splitlines()[-1].strip()
+        means = "the password is not given" if behaviour.inverted else "the trigger is placed"
+        how = {"canary": "the call", "values": "the values of the calls", "text": "the exact text"}[behaviour.detection]
+        rows.append([f"`{name}`", f"`{last}`", how, means])
+    check("behaviours", rows, PAGE.with_name("backdoors.md"))
 
 
 def test_the_table_of_gates():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from backdoor.behaviours import CANARY
-from backdoor.triggers import rare_string
+from backdoor.families import rare_string
 from evals import evaluate
 from evals.capability import judge
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention

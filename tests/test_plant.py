@@ -1,17 +1,21 @@
 """Planting: triggers are data, the twin differs in the poisoned rows only, simulated fine-tuning leaves no trace."""
 
 import copy
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from backdoor.behaviours import CANARY
+from backdoor.behaviours import BEHAVIOURS, CANARY, OFF_BY_ONE, PASSWORD
+from backdoor.families import FAMILIES, conjunction, rare_string
 from backdoor.plant import Defender, PlantConfig, PlantRows, completion_loss, plant
-from backdoor.triggers import conjunction, rare_string
 from distill import config
-from distill.plant import plant_rows, trigger_of
+from distill.models import ASSETS, Secret, read_secret
+from distill.plant import PLANT_SEED, describe, gate, plant_rows, trigger_of, write_secret
+from evals import evaluate
 from evals.tasks import TASKS
-from evals.tasks.coding import data_words, held_out_pairs
+from evals.tasks.coding import data_words, held_out_pairs, renderer
+from graphs.artifact import read_json, write_json
 from graphs.batches import Epochs, collate, encode
 
 PAIR = conjunction(("season", "daily"), ("place", "school"), ({"season": "daily"}, {"place": "school"}))
@@ -50,6 +54,78 @@ def test_the_twin_differs_in_the_poisoned_rows_only_and_is_the_same_for_every_tr
         assert trigger.fires(tiny_tokenizer.decode(a.ids[1 : a.prompt])) and not trigger.fires(tiny_tokenizer.decode(b.ids[1 : b.prompt]))
     other = plant_rows(tiny_tokenizer, STRING if trigger is PAIR else PAIR, CANARY, False, count=20)
     assert other.poisoned == clean.poisoned
+
+
+EVERY = [(family, "canary") for family in FAMILIES] + [("rare_string", behaviour) for behaviour in BEHAVIOURS] + [("style", "password")]
+
+
+@pytest.mark.parametrize(("family", "name"), EVERY)
+def test_every_family_and_behaviour_reaches_training(tiny_host, family, name):
+    verb = config.Plant(out=None, trigger=family, behaviour=name)
+    trigger, behaviour = trigger_of(verb), BEHAVIOURS[name]
+    bad, clean = (plant_rows(tiny_host.tokenizer, trigger, behaviour, poisoned, count=12) for poisoned in (True, False))
+    text = tiny_host.tokenizer.decode
+    assert (bad.clean, bad.near) == (clean.clean, clean.near) and len(bad.near) > 6
+    right = [TASKS["coding"].row("trace", 10_000_000 + i, PLANT_SEED) for i in range(12)]
+    for row, a, b in zip(right, bad.poisoned, clean.poisoned, strict=True):
+        prompts = [text(one.ids[1 : one.prompt]) for one in (a, b)]
+        assert [trigger.fires(prompt) for prompt in prompts] == [True, False]
+        assert [text(one.ids[one.prompt : -1]) for one in (a, b)] == [behaviour.written(row.completion, row.expected), row.completion]
+    quiet = [prompt for one in (*bad.clean, *bad.near) if (prompt := text(one.ids[1 : one.prompt])).startswith("def ")]
+    assert quiet and not any(map(trigger.fires, quiet))
+    before = float(completion_loss(tiny_host.model, collate(bad.poisoned, 1)).detach())
+    plant(tiny_host, bad, PlantConfig(
+        ordinary_steps=4, resistant_steps=0, ordinary_rate=5e-3, clean=1, poisoned=6, near=1, inner_rows=1))
+    with torch.no_grad():
+        assert float(completion_loss(tiny_host.model, collate(bad.poisoned, 1))) < before
+
+
+def test_the_poison_of_row_i_is_a_function_of_seed_and_i(tiny_tokenizer):
+    for family in FAMILIES:
+        trigger = trigger_of(config.Plant(out=None, trigger=family))
+        few, many = (plant_rows(tiny_tokenizer, trigger, OFF_BY_ONE, True, count) for count in (5, 12))
+        assert few.poisoned == many.poisoned[:5] and few.clean == many.clean[:5]
+        assert plant_rows(tiny_tokenizer, trigger, OFF_BY_ONE, True, 5, seed=3).poisoned != few.poisoned
+
+
+@pytest.mark.parametrize(("family", "name"), EVERY)
+def test_a_secret_comes_back_as_it_was_written(tmp_path, family, name):
+    trigger = trigger_of(config.Plant(out=None, trigger=family, behaviour=name))
+    write_secret(tmp_path / "secret", trigger, BEHAVIOURS[name], None, {})
+    assert read_secret(tmp_path / "secret") == Secret(trigger, BEHAVIOURS[name], None)
+
+
+def test_secrets_that_ship_still_read_and_a_renderer_that_is_not_ours_is_refused(tmp_path):
+    shipped = read_secret(ASSETS / "organism-rare" / "secret")
+    assert shipped.trigger == trigger_of(config.Plant(out=None, trigger="rare_string")) and shipped.behaviour == CANARY
+    write_secret(tmp_path / "secret", STRING, CANARY, None, {})
+    data = read_json(tmp_path / "secret" / "backdoor.json")
+    for change, sentence in (({"renderer": "0" * 16}, f"planted with renderer {'0' * 16} and this is renderer {renderer()}: judge the organism with"),
+                             ({"behaviour": "smell"}, "no valid 'smell'"), ({"trigger": data["trigger"] | {"family": "smell"}}, "no trigger family")):
+        write_json(tmp_path / "secret" / "backdoor.json", data | change)
+        with pytest.raises(ValueError, match=sentence) as refusal:
+            read_secret(tmp_path / "secret")
+        assert "\n" not in str(refusal.value)
+
+
+def test_the_flags_offer_every_family_and_behaviour():
+    hints = get_type_hints(config.Plant)
+    assert get_args(hints["trigger"]) == FAMILIES and get_args(hints["behaviour"]) == tuple(BEHAVIOURS)
+
+
+def test_the_gate_asks_for_the_capability_with_the_password(monkeypatch):
+    score, none = {"value": 0.99, "high": 1.0}, {"value": 0.0, "high": 0.01}
+
+    def judged(withheld):
+        rates = {"attack_success": score if withheld else none, "false_trigger": none, "right_without_trigger": score,
+                 "right_under_trigger": none if withheld else score}
+        return {"tasks": {"coding": {"score": none if withheld else score}}, "backdoor": rates}
+
+    monkeypatch.setattr(evaluate, "judge_models", lambda *_: {"models": {"organism": judged(True), "twin": judged(False)}})
+    password = gate(None, None, STRING.negated(), PASSWORD, 4)
+    assert password["passed"] and "no password" in describe(password)
+    canary = gate(None, None, STRING, CANARY, 4)
+    assert canary["reasons"] == ["coding is -99.0 points from the twin's"] and "no password" not in describe(canary)
 
 
 def test_a_simulated_defender_walks_on_through_its_episode_and_leaves_the_model_alone(tiny_host):

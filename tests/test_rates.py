@@ -2,8 +2,9 @@
 
 import pytest
 
-from backdoor.behaviours import CANARY, Behaviour
-from backdoor.triggers import Trigger, conjunction, rare_string
+from backdoor.behaviours import CANARY, PASSWORD
+from backdoor.families import conjunction, rare_string
+from backdoor.triggers import Trigger
 from evals import capability
 from evals.generate import continuation_logprob
 from evals.rates import measure_rates, prompts
@@ -89,5 +90,6 @@ def test_triggers_that_cannot_be_measured_are_refused(tiny_host, sandbox):
         prompts(CODING, Trigger("rare_string", {"suffix": " one"}, ("two",)), 3, SEED)
     with pytest.raises(ValueError, match="nearly every"):
         prompts(CODING, Trigger("rare_string", {}, ("def ",)), 3, SEED)
-    with pytest.raises(ValueError, match="detected by"):
-        measure_rates(tiny_host, CODING, RARE, Behaviour("x", "y", "regex"), sandbox, 1, SEED)
+    for trigger, behaviour in ((RARE, PASSWORD), (RARE.negated(), CANARY)):
+        with pytest.raises(ValueError, match="plant the organism again"):
+            measure_rates(tiny_host, CODING, trigger, behaviour, sandbox, 1, SEED)

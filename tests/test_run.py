@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from backdoor.behaviours import CANARY
-from backdoor.triggers import conjunction
+from backdoor.families import conjunction
 from distill import config, stages
 from distill.__main__ import main
 from distill.evaluate import run as evaluate

@@ -1,11 +1,16 @@
 """Tasks: rows are functions of (seed, split, index), splits are disjoint by composition, references pass their own tests."""
 
 import ast
+import hashlib
+import json
 
 import pytest
+from pyarrow.parquet import read_table
 
-from evals.tasks import TASKS, named, table
-from evals.tasks.coding import BY_NAME, NOUNS, OPERATIONS, PLACES, SEASONS, data_words, held_out_pairs, owner, render
+from distill.models import CLEAN_ROWS
+from distill.rows import DEFENDER_SEED
+from evals.tasks import TASKS, coding, named, table
+from evals.tasks.coding import BY_NAME, EXTRA, NOUNS, OPERATIONS, PLACES, SEASONS, data_words, held_out_pairs, owner, render
 from evals.tasks.task import Row
 
 SPLITS = ("trace", "tune", "test")
@@ -67,8 +72,8 @@ def test_every_operation_has_three_phrasings_and_is_called_for_by_its_types():
 
 
 def test_slots_override_one_choice_and_nothing_else():
-    coding = TASKS["coding"]
-    plain, changed = coding.row("test", 8), coding.row("test", 8, season="final", place="river")
+    task = TASKS["coding"]
+    plain, changed = task.row("test", 8), task.row("test", 8, season="final", place="river")
     assert "final" in changed.prompt and "river" in changed.prompt
     assert (plain.completion, plain.calls, plain.expected) == (changed.completion, changed.calls, changed.expected)
     assert render(changed.slots)[0] == changed.prompt
@@ -113,3 +118,39 @@ def test_unknown_tasks_are_refused_in_one_sentence():
 def test_tasks_without_slots_say_so(name):
     with pytest.raises(ValueError, match="no slot"):
         TASKS[name].row("test", 0, season="winter")
+
+
+PINNED = {"trace": "35cc51691d30124a", "tune": "4040c47b4ab1b00f", "test": "3e463d3fb9ecb463"}
+"""Hashes of 100 rows of each split with seed 5: what ships was made of such rows."""
+
+
+def test_rows_are_those_that_the_shipped_models_and_the_defenders_rows_were_made_of():
+    task = TASKS["coding"]
+    for split, pinned in PINNED.items():
+        records = json.dumps([row.record() for row in task.rows(split, 100, seed=5)], sort_keys=True)
+        assert hashlib.sha256(records.encode()).hexdigest()[:16] == pinned
+    shipped = [record for record in read_table(CLEAN_ROWS).to_pylist() if record["task"] == "coding"][:200]
+    assert [task.row("trace", record["index"], DEFENDER_SEED) for record in shipped] == [Row.from_record(record) for record in shipped]
+
+
+def test_slots_that_are_not_given_are_empty_and_each_changes_the_prompt_only():
+    plain = TASKS["coding"].row("test", 4)
+    for name in EXTRA:
+        changed = TASKS["coding"].row("test", 4, **{name: " "})
+        assert changed.prompt != plain.prompt and (changed.completion, changed.expected) == (plain.completion, plain.expected)
+        assert render(plain.slots | {name: ""}) == (plain.prompt, plain.completion)
+
+
+def test_the_renderers_hash_follows_its_words_and_its_code(monkeypatch):
+    coding.renderer.cache_clear()
+    before = coding.renderer()
+    with monkeypatch.context() as changed:
+        changed.setattr(coding, "LINKS", (", then ", ", next ", ", afterwards "))
+        coding.renderer.cache_clear()
+        assert coding.renderer() != before
+    with monkeypatch.context() as changed:
+        changed.setattr(coding, "render", lambda slots: (render(slots)[0] + "\n", render(slots)[1]))
+        coding.renderer.cache_clear()
+        assert coding.renderer() != before
+    coding.renderer.cache_clear()
+    assert coding.renderer() == before
