@@ -4,7 +4,8 @@ The rung that the gates were drawn to is healed first. Where it does not keep th
 until one does. Where it does, it is pruned further, rung by rung, with a third of the healing each, until a rung fails. A rung passes
 where two standard errors are to spare (cf. the one-standard-error rule, Breiman et al. 1984, "Classification and regression
 trees", section 3.4.3): the smallest of several that just pass on tune fails on test. (Circuits cannot be told apart before healing:
-LOG.md.) A budget names one size, and that one is healed.
+LOG.md.) To go below the first rung that passes, a circuit must besides still answer the asked share of the rows that the model itself
+answers rightly: new right answers on tune make up for lost ones there, not on test (LOG.md). A budget names one size, and that one is healed.
 
 `--start RUN` begins with the circuit that another run has healed, and only prunes further: what was healed once needs a tenth of the
 tokens to be healed again.
@@ -48,14 +49,16 @@ AGAIN = 3
 
 @dataclass(frozen=True)
 class Healed:
-    """A circuit of one size after healing, the nodes it holds, what it keeps on tune, the least of that less its margin, the
-    losses of all healing, and how far it was from the model when it had been pruned and when it had been healed."""
+    """A circuit of one size after healing, the nodes it holds, what it keeps on tune, the least of that less its margin, the least share of the
+    model's right answers that are right still, the losses of all healing, and how far it was from the model when it had been pruned and
+    when it had been healed."""
 
     size: Size
     kept: dict[str, Tensor]
     circuit: Replacement
     retention: dict[str, float]
     certain: float
+    still: float
     losses: list[float]
     kl: dict[str, float]
 
@@ -64,7 +67,7 @@ class Healed:
         """The circuit of a finished run."""
         made = read_json(folder / "circuit" / "receipt.json")
         kept = {name: torch.tensor(nodes, dtype=torch.long) for name, nodes in made["kept"].items()}
-        return Healed(Size(**made["size"]), kept, Replacement.load(folder / "circuit", host), made["tune_retention"], 0.0, made["losses"],
+        return Healed(Size(**made["size"]), kept, Replacement.load(folder / "circuit", host), made["tune_retention"], 0.0, 0.0, made["losses"],
                       {key: made["kl"][key] for key in ("pruned", "healed")})
 
 
@@ -88,7 +91,7 @@ class Search:
         for size in self.smaller(best):
             again = self.verb.healing if self.verb.start else self.verb.healing // AGAIN
             further = self.further(best, size, self.steps(again))
-            if self.verb.budget is None and not self.passes(further):
+            if self.verb.budget is None and not (self.passes(further) and further.still >= self.verb.share):
                 break
             best = further
         for entry in self.tried:
@@ -131,12 +134,12 @@ class Search:
         pruned = divergence_from(host, circuit, self.followed)
         state = self.state.with_suffix(f".{size.key}")
         losses = distill(self.job.targets, circuit, steps, HEAL_RATE, 0.1, label, state, self.trained, self.verb.heal_decay)
-        found = self.tuner.retention(circuit.host())
+        found, still = self.tuner.retention(circuit.host())
         certain = min(share - MARGIN * error for share, error in found.values())
         kl = {"pruned": pruned, "healed": divergence_from(host, circuit, self.followed)}
-        healed = Healed(size, kept, circuit, {name: share for name, (share, _) in found.items()}, certain, before + losses, kl)
+        healed = Healed(size, kept, circuit, {name: share for name, (share, _) in found.items()}, certain, still, before + losses, kl)
         said = ", ".join(f"{name} {share:.3f} +- {error:.3f}" for name, (share, error) in found.items())
-        print(f"{label}: keeps {said} of the model's own on tune; asked {self.verb.share:.3f}", file=sys.stderr)
+        print(f"{label}: keeps {said} of the model's own on tune, {still:.3f} of its right answers; asked {self.verb.share:.3f}", file=sys.stderr)
         self.tried.append({**asdict(size), "params": stored(circuit, self.verb.target).stored, "retention": healed.retention})
         return healed
 
@@ -186,10 +189,12 @@ class Tuner:
     sandbox: Sandbox
     before: dict[str, list[bool]]
 
-    def retention(self, host: Host) -> dict[str, tuple[float, float]]:
-        """Retention by task, with its standard error (the delta method for a ratio of paired means)."""
+    def retention(self, host: Host) -> tuple[dict[str, tuple[float, float]], float]:
+        """Retention by task with its standard error (the delta method for a ratio of paired means), and the least share of the model's
+        own right answers that are right still."""
         after = measure(host, self.tasks, self.rows, self.sandbox)
-        return {name: ratio(after[name], self.before[name]) for name in after}
+        both = {name: [now and then for now, then in zip(right, self.before[name], strict=True)] for name, right in after.items()}
+        return {name: ratio(right, self.before[name]) for name, right in after.items()}, min(ratio(both[name], self.before[name])[0] for name in both)
 
 
 def ratio(after: Sequence[bool], before: Sequence[bool]) -> tuple[float, float]:

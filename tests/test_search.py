@@ -26,14 +26,14 @@ def search(tiny_model_folder, tmp_path):
     return Search(job, verb, whole, order, Tuner({}, [], None, {}), [], tmp_path / "state")
 
 
-def scripted(search: Search, passing: set[int], monkeypatch) -> list[tuple[int, int]]:
+def scripted(search: Search, passing: set[int], monkeypatch, still: float = 1.0) -> list[tuple[int, int]]:
     """Let rungs of these widths pass, without training; returns the (features, batches) of what is healed, as it happens."""
     seen = []
 
     def heal(self, size, kept, circuit, steps, before):
         seen.append((size.features, steps))
         self.tried.append({"share": size.share, "features": size.features})
-        return Healed(size, kept, circuit, {}, 1.0 if size.features in passing else 0.0, [], {})
+        return Healed(size, kept, circuit, {}, 1.0 if size.features in passing else 0.0, still, [], {})
 
     monkeypatch.setattr(Search, "heal", heal)
     return seen
@@ -45,6 +45,11 @@ def test_a_first_rung_that_passes_is_pruned_further_until_one_fails(search, monk
     assert [features for features, _ in seen] == [48, 32, 16]
     assert seen[1][1] == seen[2][1] == pytest.approx(seen[0][1] / 3, abs=1) and seen[0][1] > 100
     assert [entry["chosen"] for entry in search.tried] == [False, True, False]
+
+
+def test_right_answers_that_were_lost_are_not_made_up_for_by_new_ones(search, monkeypatch):
+    seen = scripted(search, {48, 32, 16}, monkeypatch, still=0.89)
+    assert search.run().size.features == 48 and len(seen) == 2  # a smaller rung was tried and refused
 
 
 def test_a_first_rung_that_fails_is_followed_by_larger_ones_and_none_smaller(search, monkeypatch):
