@@ -8,6 +8,8 @@ from torch import Tensor
 
 from graphs.batches import Batch
 
+PROMPT_WEIGHT = 0.1
+"""For distillation: weight of prompt positions that nothing is known of."""
 SURE = 0.9
 """For distillation: above this probability the host is taken to know what comes."""
 

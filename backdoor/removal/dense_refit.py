@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from backdoor.removal.learning import from_outputs
 from graphs.activations import record
 from graphs.architectures import embeddings, run_mlp
 from graphs.host import Host
-from graphs.losses import SURE, divergence, fvu
+from graphs.losses import fvu
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
@@ -21,7 +22,7 @@ KNOBS = (4e-3,)
 
 
 def remove(
-    targets: Targets, student: Host, local_steps: int, steps: int, knob: float, learning_rate: float, decay: float, prompt_weight: float = 0.1
+    targets: Targets, student: Host, local_steps: int, steps: int, knob: float, learning_rate: float, decay: float
 ) -> Host:
     """Train `student` (random block weights, the host's embeddings and norms, any widths) to stand in for the host.
 
@@ -40,13 +41,8 @@ def remove(
             total = total + fvu(found.outputs[site.name], guess, batch.real)
         return total
 
-    def joint(step: int) -> Tensor:
-        batch = batches(local_steps + step)
-        return divergence(student.model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight, SURE)
-
     for table in embeddings(student.model):
         table.requires_grad_(False)
     train(student.model, local, TrainConfig(local_steps, knob), "dense refit: local")
-    train(student.model, joint, TrainConfig(steps - local_steps, learning_rate, weight_decay=decay), "dense refit: KL")
-    student.model.eval()
+    from_outputs(student.model, targets, steps - local_steps, learning_rate, "dense refit: KL", decay, first=local_steps)
     return student

@@ -20,13 +20,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from backdoor.removal.learning import from_tokens
 from graphs.batches import Batch, Encoded, Epochs, collate
 from graphs.host import Host
 from graphs.targets import Targets
-from graphs.train import TrainConfig, train
 
 KNOBS = (5e-4, 2e-4, 1e-3)
 TRIGGERS, LENGTH, PAYLOAD = 3, 3, 8
@@ -74,11 +73,7 @@ def mixed(rows: Epochs, step: int, change: Callable[[Encoded, random.Random], En
 
 def stage(model: PreTrainedModel, rows: Epochs, change: Callable[[Encoded, random.Random], Encoded], start: int, end: int, rate: float) -> None:
     """Train in place on the batches start .. end - 1, changed."""
-    def loss(step: int) -> Tensor:
-        batch = mixed(rows, start + step, change)
-        return model(input_ids=batch.ids, labels=batch.labels).loss
-
-    train(model, loss, TrainConfig(end - start, rate), f"dummy backdoor {rate:g}")
+    from_tokens(model, lambda step: mixed(rows, start + step, change), end - start, rate, f"dummy backdoor {rate:g}")
 
 
 def remove(targets: Targets, steps: int, knob: float, seed: int = 0) -> Host:
@@ -87,4 +82,4 @@ def remove(targets: Targets, steps: int, knob: float, seed: int = 0) -> Host:
     dummy = drawn(targets.batches, host.config.max_position_embeddings, seed)
     stage(model, targets.batches, dummy.poisoned, 0, half, knob)
     stage(model, targets.batches, dummy.triggered, half, steps, knob)
-    return Host(model.eval(), host.tokenizer, host.sites)
+    return Host(model, host.tokenizer, host.sites)

@@ -7,12 +7,10 @@ change these). Whatever it leaves is in the blocks. The knob is the learning rat
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from backdoor.removal import token_filter
+from backdoor.removal.learning import from_tokens
 from graphs.host import Host
 from graphs.targets import Targets
-from graphs.train import TrainConfig, train
 
 KNOBS = (1e-3, 3e-4, 3e-3)
 
@@ -22,11 +20,6 @@ def remove(targets: Targets, steps: int, knob: float, seed: int = 0) -> Host:
     made = token_filter.remove(targets, 0, 1.0)
     model, table = made.model.requires_grad_(False), made.model.get_input_embeddings()
     table.requires_grad_(True)
-
-    def loss(step: int) -> Tensor:
-        batch = targets.batches(step)
-        return model(input_ids=batch.ids, labels=batch.labels).loss
-
-    train(model, loss, TrainConfig(steps, knob), f"embedding only {knob:g}")
+    from_tokens(model, targets.batches, steps, knob, f"embedding only {knob:g}")
     model.requires_grad_(True)
     return made

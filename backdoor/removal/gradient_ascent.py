@@ -19,9 +19,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from backdoor.plant import completion_loss
+from backdoor.removal.learning import apart
 from graphs.batches import Batch
 from graphs.host import Host
-from graphs.losses import SURE, divergence
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
@@ -34,9 +34,7 @@ def remove(targets: Targets, steps: int, knob: float, poisoned: Callable[[int], 
     host, model, chance = targets.host, copy.deepcopy(targets.host.model), math.log(targets.host.config.vocab_size)
 
     def loss(step: int) -> Tensor:
-        batch = targets.batches(step)
-        kept = divergence(model(input_ids=batch.ids).logits, targets(batch), batch, 0.1, SURE)
-        return kept - knob * completion_loss(model, poisoned(step)).clamp(max=chance)
+        return apart(model, targets, targets.batches(step)) - knob * completion_loss(model, poisoned(step)).clamp(max=chance)
 
     train(model, loss, TrainConfig(steps, LEARNING_RATE), f"gradient ascent {knob:g}")
     return Host(model.eval(), host.tokenizer, host.sites)

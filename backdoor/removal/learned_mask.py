@@ -22,11 +22,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from backdoor.plant import completion_loss
+from backdoor.removal.learning import apart
 from graphs.activations import hooks
 from graphs.architectures import linear, writer
 from graphs.batches import Batch
 from graphs.host import Host
-from graphs.losses import SURE, divergence
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
@@ -47,9 +47,7 @@ def learnt(targets: Targets, steps: int, rate: float, poisoned: Callable[[int], 
         return hook
 
     def loss(step: int) -> Tensor:
-        batch = targets.batches(step)
-        kept = divergence(model(input_ids=batch.ids).logits, targets(batch), batch, 0.1, SURE)
-        return kept - completion_loss(model, poisoned(step)).clamp(max=chance)
+        return apart(model, targets, targets.batches(step)) - completion_loss(model, poisoned(step)).clamp(max=chance)
 
     with hooks() as handles:
         for one, score in zip(projections, scores, strict=True):

@@ -9,14 +9,12 @@ block weights alone differ.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from backdoor.removal.learning import from_outputs
 from graphs.architectures import architecture, embeddings, sites
 from graphs.host import Host
-from graphs.losses import SURE, divergence
 from graphs.targets import Targets
-from graphs.train import TrainConfig, train
 
 KNOBS = (4e-3, 2e-3, 8e-3)
 DECAY = 0.1
@@ -47,12 +45,5 @@ def fresh(shapes: PreTrainedModel, host: Host, seed: int) -> Host:
 def remove(targets: Targets, steps: int, knob: float, seed: int = 0) -> Host:
     """A student from noise, distilled on outputs for `steps` batches; knob: peak learning rate."""
     student = fresh(targets.host.model, targets.host, seed)
-    for table in embeddings(student.model):
-        table.requires_grad_(False)
-
-    def loss(step: int) -> Tensor:
-        batch = targets.batches(step)
-        return divergence(student.model(input_ids=batch.ids).logits, targets(batch), batch, 0.1, SURE)
-
-    train(student.model, loss, TrainConfig(steps, knob, weight_decay=DECAY), f"random student {knob:g}")
+    from_outputs(student.model, targets, steps, knob, f"random student {knob:g}", DECAY)
     return student

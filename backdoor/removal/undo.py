@@ -10,18 +10,16 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
 
+from backdoor.removal.learning import from_outputs
 from graphs.architectures import embeddings
 from graphs.host import Host
-from graphs.losses import SURE, divergence
 from graphs.targets import Targets
-from graphs.train import TrainConfig, train
 
 KNOBS = (0.6, 0.3)
 
 
-def remove(targets: Targets, steps: int, knob: float, learning_rate: float, decay: float, prompt_weight: float = 0.1, seed: int = 0) -> Host:
+def remove(targets: Targets, steps: int, knob: float, learning_rate: float, decay: float, seed: int = 0) -> Host:
     """A copy of the host shrunk towards noise by `knob` and distilled for `steps` batches with weight decay `decay`."""
     host, model = targets.host, copy.deepcopy(targets.host.model)
     generator = torch.Generator().manual_seed(seed)
@@ -31,12 +29,6 @@ def remove(targets: Targets, steps: int, knob: float, learning_rate: float, deca
             if parameter.ndim > 1 and id(parameter) not in tables:
                 noise = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
                 parameter.mul_(1 - knob).add_(noise, alpha=knob)
-            elif id(parameter) in tables:
-                parameter.requires_grad_(False)
 
-    def loss(step: int) -> Tensor:
-        batch = targets.batches(step)
-        return divergence(model(input_ids=batch.ids).logits, targets(batch), batch, prompt_weight, SURE)
-
-    train(model, loss, TrainConfig(steps, learning_rate, weight_decay=decay), f"UNDO {knob:g}")
-    return Host(model.eval(), host.tokenizer, host.sites)
+    from_outputs(model, targets, steps, learning_rate, f"UNDO {knob:g}", decay)
+    return Host(model, host.tokenizer, host.sites)

@@ -8,21 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-
+from backdoor.removal.learning import from_tokens
 from graphs.batches import Batch
 from graphs.host import Host
-from graphs.train import TrainConfig, train
 
 KNOBS = (4e-3, 2e-3)
 
 
 def remove(student: Host, batches: Callable[[int], Batch], steps: int, knob: float) -> Host:
     """Train `student` (random block weights) on the tokens of `batches` of written rows; knob: peak learning rate."""
-    def loss(step: int) -> Tensor:
-        batch = batches(step)
-        return student.model(input_ids=batch.ids, labels=batch.labels).loss
-
-    train(student.model, loss, TrainConfig(steps, knob, weight_decay=0.1), f"written text {knob:g}")
-    student.model.eval()
+    from_tokens(student.model, batches, steps, knob, f"written text {knob:g}", decay=0.1)
     return student
