@@ -36,7 +36,7 @@ from backdoor.removal import dense_refit, layer_drop, written_text
 from distill import config
 from distill.job import prepare
 from distill.models import CLEAN_ROWS, find, read_secret, secret_beside
-from distill.rivals import PRUNED, fitting_layers, random_student, spent, written
+from distill.rivals import PRUNED, fitting_layers, random_student, written
 from distill.rows import batches, read
 from distill.search import HEAL_RATE
 from distill.stages import road
@@ -77,7 +77,7 @@ def settings(name: str, budget: float, seed: int, data: Epochs) -> config.Prune:
     changed = replace(BASE, **OURS[name] | {"target_ratio": budget, "seed": seed})
     before = changed.fit_steps + changed.joint_steps + changed.gate_steps
     folder = WORK / f"seed-{seed}" / f"{changed.basis}-{changed.attention}"
-    return replace(changed, heal_tokens=spent(data, STEPS) - spent(data, before), out=folder)
+    return replace(changed, heal_tokens=data.tokens(STEPS) - data.tokens(before), out=folder)
 
 
 class Bench:
@@ -148,7 +148,7 @@ class Bench:
 def run(seed: int) -> None:
     """Make and judge the cells of one seed that are not there yet."""
     bench, out = Bench(seed), RESULTS / f"seed-{seed}.jsonl"
-    facts = {"seed": seed, "steps": STEPS, "tokens": spent(bench.data, STEPS), "rows": len(bench.rows),
+    facts = {"seed": seed, "steps": STEPS, "tokens": bench.data.tokens(STEPS), "rows": len(bench.rows),
              "whole": bench.whole, "inputs": digest(bench.model, bench.texts, STEPS, BASE.prompts)}
     there = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
     done = [row for row in there if all(row.get(key) == value for key, value in facts.items())]

@@ -26,13 +26,13 @@ from graphs.artifact import digest, locked, write_json
 
 def run(verb: config.Fit) -> int:
     """Run the verb; returns 0, or 1 where a gate failed."""
-    if isinstance(verb, config.Prune) and verb.start is not None:
+    if isinstance(verb, config.Prune):
         verb = inherited(verb)
     tasks = named(verb.task)
     model = find(verb.model)
     texts = read(verb.rows or CLEAN_ROWS, tasks)
     with locked(verb.out):
-        if isinstance(verb, config.Prune) and verb.start is not None:
+        if isinstance(verb, config.Prune):
             take_over(verb)
         job = prepare(model, texts, tasks, verb)
         if not isinstance(verb, config.Prune):

@@ -45,7 +45,6 @@ from evals.size import parameters
 from evals.tasks import TASKS, Task, named
 from graphs.architectures import shortened
 from graphs.artifact import digest, read_json, write_text
-from graphs.batches import Epochs
 from graphs.host import Host, load, save
 from graphs.targets import Targets
 
@@ -87,17 +86,12 @@ def contenders(
         yield f"written text, lr {knob:g}", knob, partial(from_written_text, targets.host, verb, texts, steps, knob)
     if layers := fitting_layers(targets.host, parameters(load(checkpoint).model).stored):
         yield "layer drop, healed", 0.0, partial(layer_drop.remove, targets, layers, steps, HEAL_RATE, verb.heal_decay)
-    tokens = spent(targets.batches, steps)
+    tokens = targets.batches.tokens(steps)
     for name, score in (("magnitude, healed", "magnitude"), ("Wanda, healed", "activation"), ("random mask, healed", "random")):
         yield name, 0.0, partial(our_road, verb, model, texts, name, PRUNED | {"score": score, "heal_tokens": tokens})
     for name, kept in zip(ABLATIONS, ({"attention": "kept"}, {"basis": "neurons", "target": "own"}), strict=True):
         if not (name == ABLATIONS[0] and normed(targets.host.model)):  # such attention has no home
             yield name, 0.0, partial(our_road, verb, model, texts, name, kept)
-
-
-def spent(data: Epochs, steps: int) -> int:
-    """Tokens of the first `steps` batches."""
-    return sum(int(data(step).real.sum()) for step in range(steps))
 
 
 def fitting_layers(host: Host, stored: float) -> int:
@@ -140,7 +134,7 @@ def run_rivals(
     """Make and judge every rival that `out` does not hold yet; each finished row is appended at once, so a killed run resumes."""
     host = load(model)
     data, rows = batches(host, texts, verb.batch, verb.seed)
-    tokens = spent(data, steps)
+    tokens = data.tokens(steps)
     facts = {"task": verb.task, "model_hash": digest(model), "rows_hash": digest(texts), "steps": steps,
              "tokens": tokens, "rows": len(rows), "prompts": prompts, "settings_hash": settings_of(verb)}
     there = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []

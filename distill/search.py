@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from graphs.absorb import absorbed, moments
 from graphs.artifact import read_json
 from graphs.fit import distill
 from graphs.host import Host
+from graphs.losses import PROMPT_WEIGHT
 from graphs.prune import Size, family, inside, kept_nodes, within
 from graphs.replace import Replacement
 
@@ -101,7 +103,7 @@ class Search:
     def upward(self) -> Healed:
         """The first rung that passes, from the one that the gates were drawn to; where there is a budget, the size it buys."""
         found = moments(self.whole, self.job.data)
-        for size in self.rungs()[self.first():]:
+        for size in self.rungs[self.first():]:
             kept = kept_nodes(self.order, size)
             best = self.heal(size, kept, absorbed(self.whole, kept, found, self.components), self.steps(self.verb.healing), [])
             if self.passes(best):
@@ -116,11 +118,10 @@ class Search:
             if spent(self.whole, best.size, verb, stored_whole) <= verb.budget[1]:
                 raise ValueError(f"--start {verb.start}: its circuit ({best.size}) is within the budget already; ask for less, or leave --start out")
             return [bought(self.whole, verb, stored_whole, best.size)]
-        rungs = self.rungs()
         if verb.start is not None:
-            return [size for size in rungs[::-1] if size.within(best.size) and size != best.size]
+            return [size for size in self.rungs[::-1] if size.within(best.size) and size != best.size]
         first = self.first()
-        return rungs[:first][::-1] if verb.budget is None and self.passes(best) and best.size == rungs[first] else []
+        return self.rungs[:first][::-1] if verb.budget is None and self.passes(best) and best.size == self.rungs[first] else []
 
     def further(self, best: Healed, size: Size, steps: int) -> Healed:
         """`best` pruned to `size` and healed again."""
@@ -133,7 +134,7 @@ class Search:
         host, label = self.job.host, f"heal {size}"
         pruned = divergence_from(host, circuit, self.followed)
         state = self.state.with_suffix(f".{size.key}")
-        losses = distill(self.job.targets, circuit, steps, HEAL_RATE, 0.1, label, state, self.trained, self.verb.heal_decay)
+        losses = distill(self.job.targets, circuit, steps, HEAL_RATE, PROMPT_WEIGHT, label, state, self.trained, self.verb.heal_decay)
         found, still = self.tuner.retention(circuit.host())
         certain = min(share - MARGIN * error for share, error in found.values())
         kl = {"pruned": pruned, "healed": divergence_from(host, circuit, self.followed)}
@@ -147,19 +148,19 @@ class Search:
         """Whether a circuit keeps the asked share on tune."""
         return healed.certain >= self.verb.share
 
+    @cached_property
     def rungs(self) -> list[Size]:
         """The sizes to try, smallest first."""
         model = self.job.host.model
-        legal = legal_groups(model, self.verb.target, self.verb.basis != "features")
         if self.verb.budget is not None:
             return [bought(self.whole, self.verb, parameters(model).stored)]
-        sizes = family(self.whole, legal, self.components)
+        sizes = family(self.whole, legal_groups(model, self.verb.target, self.verb.basis != "features"), self.components)
         found = {next((size for size in sizes if size.share <= rung + 1e-9), sizes[-1]) for rung in RUNGS}
         return sorted(found, key=lambda size: size.share)
 
     def first(self) -> int:
         """Which rung is tried first: the largest within what the gates were drawn to."""
-        return max((place for place, size in enumerate(self.rungs()) if size.share <= self.job.drawn), default=0)
+        return max((place for place, size in enumerate(self.rungs) if size.share <= self.job.drawn), default=0)
 
     def steps(self, tokens: int) -> int:
         """Batches that hold `tokens` tokens."""

@@ -48,7 +48,7 @@ def road(job: Job, model: Path, verb: config.Prune, times: list[dict]) -> dict[s
     made["checkpoint"] = timed("compile", lambda: checkpoint_stage(job, made["circuit"], verb), times)
     losses = [*made["graph"]["losses"].values(), made["gated"]["losses"], made["circuit"]["losses"]]
     steps = sum(map(len, losses))
-    return made | {"rows": len(job.rows), "steps": steps, "tokens": sum(int(job.data(step).real.sum()) for step in range(steps))}
+    return made | {"rows": len(job.rows), "steps": steps, "tokens": job.data.tokens(steps)}
 
 
 def graph_stage(job: Job, model: Path) -> dict:

@@ -1,4 +1,4 @@
-"""`--start RUN`: what a new run takes over from a finished one, so that another size costs seconds.
+"""`--start RUN`: what a new run takes over from a finished one, so that another size costs some healing and no fit.
 
 The graph, the gates and what was seen of the models are copied, receipts and all, so that the stages find them under the keys of their
 inputs; the circuit is not copied: the search begins with it (`distill.search`).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import fields, replace
+from pathlib import Path
 
 from distill import config
 from distill.runs import settings_of
@@ -16,12 +17,14 @@ from graphs.artifact import whole
 OWN = ("out", "start", "keep", *config.BUDGETS, "target", "heal_tokens", "heal_decay", "tune_rows", "prompts", "name", "json")
 """Settings that a run has of its own; the others are those of the run it starts from."""
 COPIED = ("graph", ".work/gated", ".work/judged")
+"""Folders of a run."""
 
 
 def inherited(verb: config.Prune) -> config.Prune:
-    """`verb` with all settings that are not its own taken from the run it starts from. Raises ValueError where one was asked to be different,
-    where that run has not finished or has lost its gates, or is the run itself."""
-    assert verb.start is not None
+    """`verb` with all settings that are not its own taken from the run it starts from, if there is one. Raises ValueError where one was asked
+    to be different, where that run has not finished or has lost its gates, or is the run itself."""
+    if verb.start is None:
+        return verb
     if verb.start.resolve() == verb.out.resolve():
         raise ValueError(f"--start {verb.start}: that is this run's own folder; give another --out")
     there, plain = settings_of(verb.start, "--start"), config.Prune()
@@ -36,9 +39,16 @@ def inherited(verb: config.Prune) -> config.Prune:
 
 
 def take_over(verb: config.Prune) -> None:
-    """Copy what is not in the run's folder yet."""
-    assert verb.start is not None
+    """Copy what is not in the run's folder yet, or is there from another start."""
+    if verb.start is None:
+        return
     for name in COPIED:
-        if (verb.start / name).is_dir() and not (verb.out / name).is_dir():
-            with whole(verb.out / name) as folder:
-                shutil.copytree(verb.start / name, folder, dirs_exist_ok=True)
+        here, there = verb.out / name, verb.start / name
+        if there.is_dir() and not (here.is_dir() and _receipt(here) == _receipt(there)):
+            with whole(here) as folder:
+                shutil.copytree(there, folder, dirs_exist_ok=True)
+
+
+def _receipt(folder: Path) -> bytes | None:
+    """What a stage says of itself; nothing of a folder that is none."""
+    return (folder / "receipt.json").read_bytes() if (folder / "receipt.json").is_file() else None

@@ -95,8 +95,8 @@ def judge_models(
         layers, first = describe(sandbox), load(models[reference])
         for name, folder in models.items():
             bar.set_postfix_str(name)
-            host, followed = (first, None) if name == reference else (load(folder), first)
-            make = partial(_judge_one, host, followed, (*tasks, *dropped), rows, follow, backdoor, sandbox, config)
+            followed = None if name == reference else first
+            make = partial(_judge_one, folder if followed else first, followed, (*tasks, *dropped), rows, follow, backdoor, sandbox, config)
             planted = backdoor and (backdoor.task.name, backdoor.trigger.hash, backdoor.behaviour, renderer())
             judged[name] = _recalled(known, digest(folder, followed and models[reference], names, len(tasks), planted, config), make)
             bar.update(len(names) + 1)
@@ -118,9 +118,10 @@ def judge_models(
 
 
 def _judge_one(
-    host: Host, reference: Host | None, tasks: Sequence[Task], rows: dict[str, list[Row]], follow: list[Row],
+    model: Host | Path, reference: Host | None, tasks: Sequence[Task], rows: dict[str, list[Row]], follow: list[Row],
     backdoor: Backdoor | None, sandbox: Sandbox, config: EvaluateConfig,
 ) -> Judged:
+    host = load(model) if isinstance(model, Path) else model  # what is known already is not loaded for this
     rates = None
     if backdoor is not None:
         rates = measure_rates(host, backdoor.task, backdoor.trigger, backdoor.behaviour, sandbox, config.prompts, config.seed, config.sampled)

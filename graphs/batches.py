@@ -104,6 +104,10 @@ class Epochs:
         chosen = self._plan[1][place]
         return collate([self.rows[index] for index in chosen], self.pad, chosen)
 
+    def tokens(self, steps: int) -> int:
+        """Real tokens of the first `steps` batches."""
+        return sum(int(self(step).real.sum()) for step in range(steps))
+
     def once(self) -> Iterator[Batch]:
         """Every row once, in the list's order: for measuring, where no epoch is to begin."""
         for start in range(0, len(self.rows), self.size):

@@ -39,6 +39,15 @@ def test_the_circuit_is_pruned_further_and_nothing_is_fitted_again(first, capsys
     assert files(first.parent / "second" / "graph") == files(first / "graph")
 
 
+def test_another_start_into_the_same_folder_brings_its_own_graph(first, tiny_model_folder, rows):  # noqa: F811
+    run(again(first))
+    run(prune(tiny_model_folder, first.parent / "other", rows, keep=None, target_ratio=0.8, features=96, seed=1))
+    run(again(first, start=first.parent / "other"))
+    made = read_json(first.parent / "second" / "report.json")
+    assert [stage["cached"] for stage in made["stages"][:2]] == [True, True]
+    assert files(first.parent / "second" / "graph") == files(first.parent / "other" / "graph") != files(first / "graph")
+
+
 def test_no_healing_leaves_what_was_healed_before(first):
     run(again(first, heal_tokens=0))
     made = read_json(first.parent / "second" / "report.json")
