@@ -115,6 +115,23 @@ def budgets_table() -> str:
     return lines_of(["method", *(f"at most {size:.1%} of {one['whole']:,} parameters" for size in sizes)], cells) + "\n\n" + facts
 
 
+def speed_table() -> str:
+    """What smaller models buy in time, as ratios to the whole one."""
+    found = json.loads((ROOT / "results" / "speed.json").read_text())
+    cells = []
+    for where, measured in found.items():
+        for kind in ("decode", "prefill") if where.startswith(("wide", "organism")) else ():
+            for name, row in list(measured.get(kind, {}).items())[1:]:
+                stored = found["stored" if where.startswith("wide") else "stored organism"]
+                ratio = "{value:.2f}x [{low:.2f}, {high:.2f}]".format(**row["ratio"])
+                cells.append([where, name, f"{stored[name] / stored['whole']:.0%}", kind, ratio])
+    shape = found["shape"]
+    facts = (f"wide: a Llama of random weights, width {shape['hidden_size']:,}, {shape['num_hidden_layers']} layers, "
+             f"{found['stored']['whole']:,} parameters. float32, {found['threads']} threads, torch {found['torch']}; each timed in turns with the "
+             "whole model, 95 % intervals.")
+    return lines_of(["model", "made smaller as", "parameters", "what", "tokens a second, against the whole"], cells) + "\n\n" + facts
+
+
 def graph_table() -> str:
     """How good the fitted graph is, by task, and how many parents a node needs."""
     found = json.loads((ROOT / "results" / "graph.json").read_text())
@@ -154,7 +171,8 @@ def trait_facts() -> str:
 def readme() -> str:
     """The README with its tables brought up to date."""
     text = README.read_text()
-    blocks = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "graph": graph_table, "trait": trait_facts}
+    blocks = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
+              "trait": trait_facts}
     for name, block in ((name, make()) for name, make in blocks.items()):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         text = text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end):]

@@ -1,6 +1,6 @@
 """What half the parameters buys in time, where it is not the interpreter's: a wide model, and the organism in large batches.
 
-    python benchmarks/speed.py RUN        measures everything, writes results/speed.json (15 minutes on two cores, nothing beside it)
+    python benchmarks/speed.py RUN        measures everything, writes results/speed.json (two minutes on two cores, nothing beside it)
 
 A Llama of random weights, width 1,024 and 12 layers, is cut to half its stored parameters (embeddings apart) by this package's own road,
 untrained, for speed does not depend on what weights say: its own neurons and heads (the same class), and random transcoders
