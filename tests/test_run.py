@@ -219,7 +219,7 @@ def test_kill_dash_nine_at_random_moments_then_resume(organism, rows, tmp_path):
         assert not [path for path in killed.iterdir() if path.name.endswith(".tmp")]
 
     kills = 0
-    while kills < 8:
+    while kills < 30:
         running = subprocess.Popen([*argv, "--out", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             running.wait(rng.uniform(0.3, 0.9) * span)
