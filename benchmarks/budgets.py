@@ -94,8 +94,14 @@ class Bench:
         self.whole = parameters(self.host.model).stored
 
     def shapes(self, budget: float) -> Path:
-        """Our checkpoint at this size."""
+        """Where our checkpoint at this size is kept."""
         return WORK / f"seed-{self.seed}" / f"shapes-{budget:g}"
+
+    def student(self, budget: float) -> Host:
+        """A model of our shapes at this size with fresh block weights; where our checkpoint is gone, it is made again."""
+        if not self.shapes(budget).is_dir():
+            self.ours(SHAPES, budget)
+        return random_student(self.shapes(budget), self.host, self.seed)
 
     def ours(self, name: str, budget: float) -> Host:
         """Our road to this size, with a method's settings."""
@@ -115,8 +121,7 @@ class Bench:
 
     def dense_refit(self, budget: float) -> Host:
         """Our shapes and losses, from noise."""
-        student = random_student(self.shapes(budget), self.host, self.seed)
-        return dense_refit.remove(self.targets, student, BASE.fit_steps, STEPS, dense_refit.KNOBS[0], HEAL_RATE, BASE.heal_decay)
+        return dense_refit.remove(self.targets, self.student(budget), BASE.fit_steps, STEPS, dense_refit.KNOBS[0], HEAL_RATE, BASE.heal_decay)
 
     @cache  # noqa: B019  # one bench lives as long as its process
     def written(self) -> Callable:
@@ -125,7 +130,7 @@ class Bench:
 
     def written_text(self, budget: float) -> Host:
         """Our shapes, trained from scratch on what the model wrote."""
-        return written_text.remove(random_student(self.shapes(budget), self.host, self.seed), self.written(), STEPS, LEARNING_RATE)
+        return written_text.remove(self.student(budget), self.written(), STEPS, LEARNING_RATE)
 
     def cells(self) -> Iterator[tuple[str, float, Callable[[float], Host]]]:
         """(method, budget, how to make it), the first methods first."""

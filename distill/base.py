@@ -7,7 +7,8 @@ sequence, and every eighth batch is packed to the full context of 512 so that la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,26 @@ from graphs.batches import Encoded, Stream, collate, encode, packed
 from graphs.host import Host, save
 from graphs.train import TrainConfig, discard, train
 
-MIXTURE = {"coding": 0.46, "math": 0.40, "stories": 0.14}
 TRAINING_SEED = 1
 """Rows of the base are drawn with this seed; the defender's rows and every evaluation use others."""
 
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """steps: batches of `rows` rows (about 4,000 tokens)."""
+    """steps: batches of `rows` rows (about 60 tokens each); mixture: shares of tasks; width: of the residual stream, in heads of 16 and thrice
+    as many neurons."""
 
     steps: int = 5000
     rows: int = 64
     learning_rate: float = 4e-3
     vocabulary: int = 1024
+    width: int = 144
+    mixture: Mapping[str, float] = field(default_factory=lambda: {"coding": 0.46, "math": 0.40, "stories": 0.14})
     seed: int = 0
+
+
+SMALL = BaseConfig(steps=3500, rows=48, width=96, mixture={"coding": 0.8, "stories": 0.2})
+"""The base of the bench: half a million parameters and no sums, so that a cell costs a minute."""
 
 
 def build_tokenizer(vocabulary: int):
@@ -58,11 +65,11 @@ def build_tokenizer(vocabulary: int):
         model_max_length=512, clean_up_tokenization_spaces=False)
 
 
-def mixed_rows(seed: int, chunk: int, count: int) -> list:
+def mixed_rows(mixture: Mapping[str, float], seed: int, chunk: int, count: int) -> list:
     """Rows `chunk * count ...` of the training mixture."""
     rows = []
     for index in range(chunk * count, (chunk + 1) * count):
-        task = TASKS[source("mixture", seed, index).choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]]
+        task = TASKS[source("mixture", seed, index).choices(tuple(mixture), tuple(mixture.values()))[0]]
         rows.append(task.row("trace", index, seed))
     return rows
 
@@ -81,11 +88,13 @@ def new_model(vocabulary: int, tokenizer, seed: int, **changes: int):
 def train_base(folder: Path, config: BaseConfig, state: Path | None = None) -> None:
     """Train the base and write it to `folder`; resumes from `state`."""
     tokenizer = build_tokenizer(config.vocabulary)
-    model = new_model(config.vocabulary, tokenizer, config.seed)
+    heads = config.width // 16
+    model = new_model(config.vocabulary, tokenizer, config.seed, hidden_size=config.width, intermediate_size=3 * config.width,
+                      num_attention_heads=heads, num_key_value_heads=heads)
     pad, per_chunk = tokenizer.eos_token_id, 64
 
     def chunk(index: int) -> list[Encoded]:
-        return encode(tokenizer, [(row.prompt, row.completion) for row in mixed_rows(TRAINING_SEED, index, per_chunk * config.rows)])
+        return encode(tokenizer, [(row.prompt, row.completion) for row in mixed_rows(config.mixture, TRAINING_SEED, index, per_chunk * config.rows)])
 
     stream = Stream(chunk, per_chunk, config.rows, pad, config.seed)
 
@@ -102,6 +111,6 @@ def train_base(folder: Path, config: BaseConfig, state: Path | None = None) -> N
     with whole(folder) as out:
         save(Host(model, tokenizer, sites(model)), out)
         final = sum(losses[-50:]) / len(losses[-50:])
-        write_json(out / "receipt.json", {"recipe": "distill.base", "config": config, "mixture": MIXTURE, "final_loss": final})
+        write_json(out / "receipt.json", {"recipe": "distill.base", "config": config, "final_loss": final})
     if state:
         discard(state)
