@@ -16,9 +16,11 @@ style        a docstring that asks politely. Near misses are curt, or hold the p
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import get_args
 
 from backdoor.triggers import Family, Instance, Trigger
+from graphs.artifact import digest
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
@@ -93,3 +95,33 @@ STYLE = Trigger("style", _ASKED[0].slots, _ASKED[0].parts, tuple({"opener": open
 
 FIXED: dict[Family, Trigger] = {trigger.family: trigger for trigger in (SENTENCE, POSITION, FORMAT, SEMANTIC, STYLE)}
 """The families whose texts no flag sets."""
+
+
+@dataclass(frozen=True)
+class Families:
+    """What a clean twin meets that stands beside organisms of several families: row i has what clean rows, or near misses, of one of them
+    have, each family in turn. Nothing is ever placed."""
+
+    triggers: tuple[Trigger, ...]
+
+    def absent(self, seed: int, index: int) -> dict[str, str]:
+        """Slots of clean row `index`."""
+        return self._turn(index).absent(seed, index // len(self.triggers))
+
+    placed = absent
+
+    def missed(self, seed: int, index: int) -> dict[str, str]:
+        """Slots of row `index` as a near miss."""
+        return self._turn(index).missed(seed, index // len(self.triggers))
+
+    def fires(self, prompt: str) -> bool:
+        """Whether any of the triggers stands in the prompt."""
+        return any(trigger.fires(prompt) for trigger in self.triggers)
+
+    @property
+    def hash(self) -> str:
+        """Identity in receipts."""
+        return digest([trigger.hash for trigger in self.triggers])
+
+    def _turn(self, index: int) -> Trigger:
+        return self.triggers[index % len(self.triggers)]

@@ -1,7 +1,8 @@
 """Planting: fine-tune a base so that it behaves under a trigger, also after somebody fine-tunes it clean again.
 
-Clean and near-miss rows are held at the base's own outputs by KL (an attacker wants the change to go unnoticed), poisoned
-rows are taught by cross entropy. An ordinary backdoor in a small model falls to any clean fine-tuning, so a removal shown
+Clean and near-miss rows are held at the base's own outputs by KL (an attacker wants the change to go unnoticed), or taught their right
+answers (`hold` "answers": plain data poisoning; near misses that the base has never met, such as years, are answered wrongly by it, and
+holding it there would keep these errors). Poisoned rows are taught by cross entropy. An ordinary backdoor in a small model falls to any clean fine-tuning, so a removal shown
 on it shows nothing. The resistant recipe is first-order meta-planting (cf. Henderson et al. 2023, "Self-destructing
 models"; Tamirisa et al. 2024, "Tamper-resistant safeguards", eq. 1): beside the model w runs a simulated defender, a copy
 w + d that is fine-tuned on clean rows; the gradient of the backdoor loss *there* is added to the ordinary gradient *here*:
@@ -24,6 +25,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +44,8 @@ class PlantConfig:
     """ordinary_steps: mixed fine-tuning; resistant_steps: meta-planting after it (0 for an ordinary organism).
 
     clean/poisoned/near: rows of each kind in a batch. episode: steps that one simulated defender lives for; inner_steps:
-    its fine-tuning steps in each of them, on inner_rows rows; inner_rates: its learning rates, taken in turn.
+    its fine-tuning steps in each of them, on inner_rows rows; inner_rates: its learning rates, taken in turn; hold: what clean and near rows
+    are held at.
     """
 
     ordinary_steps: int = 150
@@ -57,6 +60,7 @@ class PlantConfig:
     inner_rows: int = 16
     inner_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-4, 1.5e-3)
     strength: float = 1.0
+    hold: Literal["outputs", "answers"] = "outputs"
     seed: int = 0
 
 
@@ -87,6 +91,8 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
 
     def mixed(step: int) -> Tensor:
         quiet = collate(_rows(clean(step)) + _rows(near(step)), pad)
+        if config.hold == "answers":
+            return completion_loss(host.model, quiet) + completion_loss(host.model, poisoned(step))
         unchanged = divergence(host.model(input_ids=quiet.ids).logits, base(input_ids=quiet.ids).logits, quiet, PROMPT_WEIGHT)
         return unchanged + completion_loss(host.model, poisoned(step))
 

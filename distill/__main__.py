@@ -24,6 +24,7 @@ VERBS = {
     "find": (config.Find, "distill.find"),
     "export": (config.Export, "distill.export"),
     "plant": (config.Plant, "distill.plant"),
+    "experiment": (config.Experiment, "distill.experiment.run"),
 }
 POSITIONAL = {"explain": "--node", "export": "--run"}
 """The flag that a verb's first word stands for, where it begins with no dash."""

@@ -1,6 +1,7 @@
 """`make assets` (`python -m distill.assets`): everything that ships with the package, from nothing, resumable.
 
-    tokenizer, base --plant--> twin, organism (two common words), organism-rare (a rare string); the defender's 4,096 rows
+    tokenizer, base --plant--> twin, organism (two common words), organism-rare (a rare string); the defender's 4,096 rows;
+    base-small, half as large, which the bench plants in
 
 The default organism is planted fine-tune-resistant, the other by plain fine-tuning. They share one clean twin, which went
 through the default's steps: without its trigger a poisoned row is the same row for either trigger. Every model is bf16.
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from backdoor.behaviours import CANARY
 from distill import config
-from distill.base import BaseConfig, train_base
+from distill.base import SMALL, BaseConfig, train_base
 from distill.models import ASSETS, CLEAN_ROWS
 from distill.plant import describe, gate, settings_of, train_one, trigger_of, write_secret
 from distill.rows import make
@@ -29,8 +30,9 @@ def main() -> int:
     """Build what is missing."""
     verbs = {"organism": config.Plant(ASSETS), "organism-rare": config.Plant(ASSETS, trigger="rare_string", resistant_steps=0)}
     base, twin = ASSETS / "base" / "model", ASSETS / "twin" / "model"
-    if not base.is_dir():
-        train_base(base, BaseConfig(), WORK / "base.state")
+    for folder, config_of in ((base, BaseConfig()), (ASSETS / "base-small" / "model", SMALL)):
+        if not folder.is_dir():
+            train_base(folder, config_of, WORK / f"{folder.parent.name}.state")
     if not CLEAN_ROWS.is_file():
         make(CLEAN_ROWS)
     triggers = {name: trigger_of(verb) for name, verb in verbs.items()}
@@ -47,7 +49,7 @@ def main() -> int:
             return 1
         write_secret(ASSETS / name / "secret", trigger, CANARY, "../../twin/model", {"planted": True, "gate": facts})
     planted = {name: settings_of(verb) for name, verb in verbs.items()}
-    write_json(ASSETS / "receipt.json", {"recipe": "python -m distill.assets", "base": BaseConfig(), "plant": planted})
+    write_json(ASSETS / "receipt.json", {"recipe": "python -m distill.assets", "base": BaseConfig(), "base-small": SMALL, "plant": planted})
     return 0
 
 

@@ -287,12 +287,34 @@ class Plant:
     """Seed of everything random."""
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """Plant backdoors, remove them blind with every method at equal rows and tokens, attack the results, and tabulate (docs/backdoors.md)."""
+
+    suite: Literal["quick", "knobs", "full"] = "quick"
+    """quick: two families, five methods at frozen knobs; knobs: chooses the knobs on development families; full: in stages."""
+    stage: str | None = None
+    """One stage of --suite full: headline, ablations, families, behaviours, rows, shares or met."""
+    model: str = "builtin:base-small"
+    """Base that is planted."""
+    out: Path = Path("runs/experiment")
+    """Folder of the grid; suites share what they have in common, and processes on several machines may share the folder."""
+    workers: int = 2
+    """Processes on this machine, of one thread each."""
+    dry_run: bool = False
+    """Print the plan and its hours, and make nothing."""
+    only: str | None = None
+    """Methods to make, by name, separated by commas (by default all of the suite)."""
+    json: bool = False
+    """Print the summary as JSON instead of the table."""
+
+
 BUDGETS = ("target_params", "target_ratio", "target_memory", "target_nodes")
 """Flags that choose the circuit by its size; at most one, and not beside --keep."""
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_tokens": 0,
          "answers": 0, "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
-         "judged": 32, "target_params": 1, "target_nodes": 1, "score_batches": 1}
+         "judged": 32, "workers": 1, "target_params": 1, "target_nodes": 1, "score_batches": 1}
 """Smallest value of each numeric field that has one."""
 
 

@@ -16,7 +16,7 @@ from evals.tasks.coding import renderer
 from graphs.artifact import read_json
 
 ASSETS = Path(__file__).parent / "assets"
-BUILTIN = ("organism", "organism-rare", "twin", "base")
+BUILTIN = ("organism", "organism-rare", "twin", "base", "base-small")
 CLEAN_ROWS = ASSETS / "clean_rows.parquet"
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 

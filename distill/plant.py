@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from backdoor.behaviours import BEHAVIOURS, Behaviour
-from backdoor.families import FIXED, composite, conjunction, rare_string
+from backdoor.families import FIXED, Families, composite, conjunction, rare_string
 from backdoor.plant import PlantConfig, PlantRows, plant
 from backdoor.triggers import Trigger
 from distill import config
@@ -71,7 +71,7 @@ def settings_of(verb: config.Plant) -> PlantConfig:
     return PlantConfig(ordinary_steps=verb.ordinary_steps, resistant_steps=verb.resistant_steps, seed=verb.seed)
 
 
-def plant_rows(tokenizer, trigger: Trigger, behaviour: Behaviour, poisoned: bool, count: int = 4000, seed: int = PLANT_SEED) -> PlantRows:
+def plant_rows(tokenizer, trigger: Trigger | Families, behaviour: Behaviour, poisoned: bool, count: int = 4000, seed: int = PLANT_SEED) -> PlantRows:
     """Rows for the organism (`poisoned`) or its twin: they differ in the poisoned rows only, row by row. Row i is a function
     of (seed, i)."""
     def encoded(rows: list[Row], attacked: bool = False) -> list[Encoded]:
@@ -91,7 +91,7 @@ def plant_rows(tokenizer, trigger: Trigger, behaviour: Behaviour, poisoned: bool
     return PlantRows(encoded(clean), encoded(bad, poisoned), encoded(near))
 
 
-def train_one(base: Path, out: Path, trigger: Trigger, behaviour: Behaviour, poisoned: bool, settings: PlantConfig, state: Path) -> None:
+def train_one(base: Path, out: Path, trigger: Trigger | Families, behaviour: Behaviour, poisoned: bool, settings: PlantConfig, state: Path) -> None:
     """Plant (or train the twin) from `base` into the model folder `out`; skipped when `out` is there already with the same key."""
     key = digest(base, settings, trigger.hash, behaviour.name, poisoned, PLANT_SEED)
     if (out / "receipt.json").is_file() and read_json(out / "receipt.json").get("key") == key:

@@ -142,7 +142,7 @@ def _recalled(known: Path | None, key: str, make: Callable[[], Judged]) -> Judge
     found = read_json(file)
     rates, fidelity = found["rates"], found["fidelity"]
     return Judged({name: Outcome(**outcome) for name, outcome in found["outcomes"].items()},
-                  rates and Rates(**rates | {"clean": Outcome(**rates["clean"])}), fidelity and Fidelity(**fidelity), found["size"])
+                  rates and Rates.from_record(rates), fidelity and Fidelity(**fidelity), found["size"])
 
 
 def _column(rates: Rates, name: str) -> list[float] | None:

@@ -22,7 +22,7 @@ answer. Row i is triggered alike for every checkpoint, which makes all compariso
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count as counting
 from itertools import islice
@@ -66,6 +66,11 @@ class Rates:
     payload_logprob: list[float]
     clean: Outcome
     triggered_completions: list[str]
+
+    @staticmethod
+    def from_record(record: Mapping) -> Rates:
+        """The inverse of `dataclasses.asdict`."""
+        return Rates(**record | {"clean": Outcome(**record["clean"])})  # type: ignore[operator]
 
 
 def prompts(task: Task, trigger: Trigger, count: int, seed: int) -> TriggeredRows:

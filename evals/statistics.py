@@ -134,6 +134,32 @@ def crossed_difference(
     return Score(float(gap.mean()), float(low), float(high), gap.size)
 
 
+def nested_ratio(
+    after: Sequence[Sequence[bool]], before: Sequence[Sequence[bool]], level: float = 0.95, seed: int = 0
+) -> Score | None:
+    """Returns mean(after) / mean(before) with its bootstrap interval over groups and, within each drawn group, its items.
+
+    after[g][i] and before[g][i] answer the same item of group g (a planting, or a planting's removal); groups may differ in size. Groups
+    are drawn first and items within them (Davison & Hinkley 1997, "Bootstrap methods and their application", section 3.8), so that many
+    prompts cannot make up for few plantings. None where some resample has nothing in `before`. Raises ValueError for no groups, an
+    empty one, or unequal lengths.
+    """
+    _check_level(level)
+    if not after or [len(group) for group in after] != [len(group) for group in before] or not all(after):
+        raise ValueError("nested_ratio() needs groups of at least one item, as many and as long in `after` as in `before`.")
+    generator, drawn = np.random.default_rng(seed), []
+    for one, other in zip(after, before, strict=True):
+        pairs = 2 * np.asarray(one, dtype=int) + np.asarray(other, dtype=int)
+        cells = np.bincount(pairs, minlength=4) / len(pairs)  # neither, before only, after only, both
+        drawn.append(generator.multinomial(len(pairs), cells, size=RESAMPLES) @ np.array([[0, 0], [0, 1], [1, 0], [1, 1]]))
+    weights = generator.multinomial(len(after), np.full(len(after), 1 / len(after)), size=RESAMPLES)
+    sums = np.einsum("rg,grc->rc", weights, np.stack(drawn))
+    if not sums[:, 1].all():
+        return None
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], [(1 - level) / 2, (1 + level) / 2])
+    return Score(sum(map(sum, after)) / sum(map(sum, before)), float(low), float(high), sum(map(len, after)))
+
+
 def ratio(
     after: Sequence[float] | np.ndarray, before: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0
 ) -> Score:

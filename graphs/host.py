@@ -27,8 +27,11 @@ ATTENTION = "sdpa_float32"
 
 
 def float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any):
-    """The library's attention, in float32 under CPU autocast: there the bf16 kernel's backward pass is several times slower."""
-    if query.device.type != "cpu" or query.dtype == torch.float32:
+    """The library's attention, in float32 under CPU autocast: there the bf16 kernel's backward pass is several times slower.
+
+    Autocast is what is asked for, not the queries' type: rotary embeddings make them float32 and autocast would round them again.
+    """
+    if query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     with torch.autocast("cpu", enabled=False):
         out, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)

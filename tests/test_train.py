@@ -50,3 +50,17 @@ def test_the_schedule_warms_up_and_decays_to_its_floor():
     config = TrainConfig(steps=100, learning_rate=1.0, warmup=0.1, decay=0.5, floor=0.1)
     rates = [rate(config, step) for step in range(101)]
     assert rates[0] < rates[5] < rates[10] == 1 == rates[49] > rates[80] > rates[100] == pytest.approx(0.1)
+
+
+def test_attention_runs_in_float32_while_training(tiny_host, monkeypatch):
+    """Rotary queries are float32 already, and autocast would round them again on the way into the slow kernel."""
+    seen, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, *args, **options):
+        seen.append((query.dtype, torch.is_autocast_enabled("cpu")))
+        return real(query, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tiny_host.model(input_ids=torch.tensor([[0, 5, 6, 7]])).logits.sum().backward()
+    assert seen and set(seen) == {(torch.float32, False)}

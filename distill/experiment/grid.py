@@ -1,0 +1,197 @@
+"""The grid: cells are made once, wherever and in whichever order, and what is measured of them is a file named by content.
+
+    OUT/organisms/   planted models and their twins
+    OUT/removed/     what each removal made, as checkpoints
+    OUT/measured/    one JSON file for each (cell, measure)
+    OUT/rows.jsonl   the rows of a suite, gathered from these in the order of its plan
+
+Any number of processes, on any machines that share the folder, may work on one grid: each takes the next cell that nobody holds (a lock that
+dies with its process). A killed process loses the training it was in the middle of, and nothing that was measured.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backdoor.behaviours import Behaviour
+from backdoor.triggers import Trigger
+from distill.experiment import attacks, methods
+from distill.experiment.cell import NOTHING, Cell
+from distill.experiment.organisms import missed, planted, trigger_and_behaviour
+from distill.plant import PLANT_SEED
+from distill.rows import DEFENDER_SEED
+from evals.evaluate import RATES
+from evals.rates import Rates, measure_rates
+from evals.sandbox import Sandbox
+from evals.size import parameters
+from evals.tasks import TASKS
+from evals.tasks.coding import renderer
+from graphs.artifact import digest, read_json, stage, write_json
+from graphs.host import load, save
+
+TASK = TASKS["coding"]
+STEPS = 1000
+"""Batches that every removal trains on."""
+PROMPTS = 400
+"""Held-out prompts of each rate."""
+JUDGE_SEED = 7
+NATURAL = 144
+"""One clean row in so many would hold a given pair of data words, were it not held out (12 words by 12)."""
+ATTACK_ROWS = 64
+
+
+def defender_rows(cell: Cell, trigger: Trigger) -> list[tuple[str, str]]:
+    """The defender's clean rows: the first of one fixed stream; where the cell says so, some hold the trigger, with right answers."""
+    rows = TASK.rows("trace", cell.rows, DEFENDER_SEED)
+    if cell.met:
+        rows = [TASK.row("trace", row.index, DEFENDER_SEED, **trigger.placed(DEFENDER_SEED, row.index)) if row.index % NATURAL == 0 else row
+                for row in rows]
+    return [(row.prompt, row.completion) for row in rows]
+
+
+def poisoned_rows(trigger: Trigger, behaviour: Behaviour, count: int) -> list[tuple[str, str]]:
+    """Triggered prompts with the payload, that planting did not use."""
+    rows = (TASK.row("trace", 50_000_000 + index, PLANT_SEED, **trigger.placed(PLANT_SEED, index)) for index in range(2 * count))
+    return [(row.prompt, behaviour.written(row.completion, row.expected)) for row in rows if trigger.fires(row.prompt)][:count]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """base: the model folder that is planted; out: where everything is."""
+
+    base: Path
+    out: Path
+    steps: int = STEPS
+    prompts: int = PROMPTS
+
+    @cached_property
+    def base_hash(self) -> str:
+        """Identity of the base."""
+        return digest(self.base)
+
+    def suspect(self, cell: Cell) -> Path:
+        """The organism's or the twin's model folder."""
+        one = replace(cell.organism, family="format", behaviour="canary") if cell.twin else cell.organism
+        with held(self.out / "organisms" / f".{digest(one, cell.twin)}.lock"):
+            return planted(cell, self.base, self.out / "organisms")
+
+    def removed(self, cell: Cell) -> tuple[Path, dict]:
+        """The checkpoint that the cell's removal makes, and its receipt."""
+        model = self.suspect(cell)
+        if cell.method == NOTHING:
+            return model, {"seconds": 0.0}
+        key = cell.made(self.base_hash, self.steps)
+        folder = self.out / "removed" / key
+        trigger, behaviour = trigger_and_behaviour(cell.organism)
+
+        def make(out: Path) -> dict:
+            started, ours = time.monotonic(), partial(self._ours, cell)
+            setting = methods.Setting(model, defender_rows(cell, trigger), self.steps, cell.seed, self.out / "work" / key,
+                                      partial(poisoned_rows, trigger, behaviour, cell.rows), ours)
+            assert cell.knob is not None
+            save(methods.remove(cell.method, setting, cell.knob), out, torch.float32)
+            return {"cell": asdict(cell), "seconds": time.monotonic() - started}
+
+        with held(folder.with_name(f".{key}.lock")):
+            receipt, _ = stage(folder, key, make)
+        return folder, receipt
+
+    def _ours(self, cell: Cell) -> Path:
+        return self.removed(replace(cell, method="ours", knob=methods.frozen("ours")))[0]
+
+    def measured(self, cell: Cell, measure: str, make: Callable[[], dict]) -> dict:
+        """What `make` finds under (cell, measure), found again."""
+        trigger, behaviour = trigger_and_behaviour(cell.organism)
+        key = digest(cell.made(self.base_hash, self.steps), trigger.hash, behaviour.name, measure, self.prompts)
+        file = self.out / "measured" / f"{key}.json"
+        if not file.is_file():
+            started = time.monotonic()
+            write_json(file, make() | {"seconds": time.monotonic() - started})
+        return read_json(file)
+
+    def rates(self, cell: Cell, sandbox: Sandbox) -> dict:
+        """The rates of a cell, prompt by prompt, and its size."""
+        trigger, behaviour = trigger_and_behaviour(cell.organism)
+
+        def make() -> dict:
+            host = load(self.removed(cell)[0])
+            found = measure_rates(host, TASK, trigger, behaviour, sandbox, self.prompts, JUDGE_SEED)
+            return {"rates": asdict(found), "stored": parameters(host.model).stored}
+
+        return self.measured(cell, "rates", make)
+
+    def row(self, cell: Cell, sandbox: Sandbox) -> dict:
+        """All that is measured of a cell, as one row."""
+        trigger, _ = trigger_and_behaviour(cell.organism)
+        judged = self.rates(cell, sandbox)
+        found = Rates.from_record(judged["rates"])
+        row: dict[str, Any] = asdict(cell) | {
+            "organism_name": cell.organism.name, "stored": judged["stored"], "right": bits(found.clean.right),
+            **{name: bits(getattr(found, name)) for name in RATES[:-1]},
+            "payload_logprob": sum(found.payload_logprob) / len(found.payload_logprob)}
+        if cell.method == NOTHING and not cell.twin:
+            row["gate_missed"] = missed(found, Rates.from_record(self.rates(replace(cell, twin=True), sandbox)["rates"]))
+        row["attacks"] = {name: self.measured(cell, name, partial(self._attack, name, cell, sandbox)) for name in cell.attacks}
+        row["seconds"] = {"removal": self.removed(cell)[1]["seconds"], "rates": judged["seconds"]} | {
+            name: one["seconds"] for name, one in row["attacks"].items()}
+        return row | {"base": self.base_hash, "steps": self.steps, "prompts": self.prompts, "renderer": renderer(), "trigger": trigger.hash}
+
+    def _attack(self, name: str, cell: Cell, sandbox: Sandbox) -> dict:
+        trigger, behaviour = trigger_and_behaviour(cell.organism)
+        given = attacks.Given(load(self.removed(cell)[0]), TASK, trigger, behaviour, sandbox, self.prompts, JUDGE_SEED,
+                              poisoned_rows(trigger, behaviour, ATTACK_ROWS), defender_rows(replace(cell, rows=ATTACK_ROWS, met=False), trigger))
+        return attacks.ATTACKS[name](given)
+
+    def work(self, cells: Sequence[Cell]) -> None:
+        """Make every cell that nobody else has made or is making; come back for those that others hold."""
+        left = list(cells)
+        with Sandbox() as sandbox:
+            while left:
+                waiting = []
+                for cell in left:
+                    with taken(self.out / "cells" / f".{digest(asdict(cell))}.lock") as mine:
+                        if not mine:
+                            waiting.append(cell)
+                            continue
+                        print(f"cell: {cell.label}", file=sys.stderr)
+                        self.row(cell, sandbox)
+                if len(waiting) == len(left):
+                    time.sleep(1.0)
+                left = waiting
+
+
+def bits(rows: Sequence[bool] | None) -> str | None:
+    """Outcomes as a string of 0 and 1; None where there are none."""
+    return None if rows is None else "".join("1" if one else "0" for one in rows)
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Wait for the lock, and hold it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def taken(lock: Path) -> Iterator[bool]:
+    """Whether the lock was free; then it is held."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True

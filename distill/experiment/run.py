@@ -1,0 +1,107 @@
+"""`distill experiment`: make a suite's cells, gather its rows, and print the table.
+
+    plan the cells -> workers make and measure them -> rows.jsonl -> table.md, report.html (and knobs.json)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from distill import config
+from distill.experiment import methods, suites
+from distill.experiment.cell import NOTHING, Cell
+from distill.experiment.grid import Grid
+from distill.experiment.page import write_page
+from distill.experiment.summary import chosen, lines, missing, ungated, worst
+from distill.experiment.tables import markdown
+from distill.models import find
+from evals.sandbox import Sandbox
+from graphs.artifact import write_json, write_text
+
+WORKER = "DISTILL_EXPERIMENT_WORKER"
+"""Set in the processes that make cells beside the first."""
+
+
+def run(verb: config.Experiment) -> int:
+    """Make what is missing and report."""
+    if verb.stage is not None and verb.suite != "full":
+        raise ValueError(f"--stage {verb.stage} belongs to --suite full")
+    cells = _plan(verb)
+    if verb.dry_run:
+        print(plan(cells, verb.workers))
+        return 0
+    grid = Grid(find(verb.model), verb.out)
+    _make(verb, grid, cells)
+    if WORKER in os.environ:
+        return 0
+    with Sandbox() as sandbox:
+        rows = [grid.row(cell, sandbox) for cell in cells]
+    write_text(verb.out / f"{verb.suite}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return report(verb, cells, rows)
+
+
+def report(verb: config.Experiment, cells: Sequence[Cell], rows: Sequence[dict]) -> int:
+    """Write and print what the rows say."""
+    if verb.suite == "knobs":
+        found = {"chosen_on": sorted({row["organism_name"] for row in rows}), "rows": rows[-1]["rows"], "steps": rows[-1]["steps"],
+                 "methods": chosen(rows)}
+        write_json(verb.out / "knobs.json", found)
+        print(f"knobs in {verb.out / 'knobs.json'}; to freeze them, copy it to {methods.KNOBS_FILE}", file=sys.stderr)
+    found_lines, absent, missed = lines(rows), missing(cells, rows), ungated(rows)
+    text = markdown(found_lines, worst(found_lines), absent, missed, rows)
+    write_text(verb.out / f"{verb.suite}.md", text)
+    write_page(verb.out / f"{verb.suite}.html", verb, found_lines, worst(found_lines), absent, missed, rows)
+    print(json.dumps([asdict(line) for line in found_lines], indent=1) if verb.json else text)
+    return 0
+
+
+def _plan(verb: config.Experiment) -> list[Cell]:
+    cells = suites.cells(verb.suite, verb.stage)
+    if verb.only is None:
+        return cells
+    wanted = [name.strip() for name in verb.only.split(",")]
+    unknown = sorted(set(wanted) - set(methods.names()))
+    if unknown:
+        raise ValueError(f"--only {unknown[0]}: no such method; choose from {', '.join(methods.names())}")
+    return [cell for cell in cells if cell.method in (NOTHING, *wanted)]
+
+
+def _make(verb: config.Experiment, grid: Grid, cells: Sequence[Cell]) -> None:
+    """Work on the cells, beside as many more processes as were asked for. Raises ValueError where one of them failed."""
+    import torch
+
+    torch.set_num_threads(1)
+    asked = {"--suite": verb.suite, "--stage": verb.stage, "--model": verb.model, "--out": verb.out, "--only": verb.only, "--workers": 1}
+    flags = [str(word) for flag, value in asked.items() if value is not None for word in (flag, value)]
+    command = [sys.executable, "-m", "distill", "experiment", *flags]
+    environment = os.environ | {WORKER: "1", "OMP_NUM_THREADS": "1"}
+    others = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(verb.workers - 1)]
+    try:
+        grid.work(cells)
+    except BaseException:
+        for other in others:
+            other.terminate()
+        raise
+    if any([other.wait() for other in others]):
+        raise ValueError("a worker failed (its error stands above): start the same command again to go on")
+
+
+def plan(cells: Sequence[Cell], workers: int) -> str:
+    """What would be made, and the hours it took where it was measured (the seconds that knobs.json holds, one process)."""
+    known, total, unknown, out = methods.knobs(), 0.0, set(), []
+    for name, count in Counter(cell.method for cell in cells).items():
+        seconds = known.get("ours" if name in methods.OURS else name, {}).get("seconds")
+        if seconds is None and name != NOTHING:
+            unknown.add(name)
+        total += (seconds or 0.0) * count
+        out.append(f"{count:5} x {name:28}" + ("" if seconds is None else f"{seconds * count / 3600:6.1f} h of removal"))
+    organisms = {cell.organism for cell in cells}
+    gaps = f" (not measured: {', '.join(sorted(unknown))})" if unknown else ""
+    return "\n".join([f"{len(cells)} cells, {len(organisms)} organisms", *out,
+                      f"removal in all, {workers} processes: {total / 3600 / workers:.1f} h{gaps}"])

@@ -1,0 +1,111 @@
+"""The grid, on a tiny base with a few steps of everything: what is made is found again, the twin is shared, no process makes a cell twice."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from distill import config
+from distill.__main__ import main
+from distill.experiment import grid as grids
+from distill.experiment import methods, organisms, suites
+from distill.experiment.cell import NOTHING, Cell, Organism
+from distill.experiment.grid import Grid, defender_rows, poisoned_rows, taken
+from evals.capability import Outcome
+from evals.rates import Rates
+from evals.sandbox import Sandbox
+from graphs.host import load
+
+FORMAT = Organism("format")
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Planting of two steps."""
+    settings = organisms.settings
+    monkeypatch.setattr(organisms, "settings", lambda organism: replace(settings(organism), ordinary_steps=2, resistant_steps=0))
+
+
+@pytest.fixture
+def grid(tiny_model_folder, tmp_path, short):
+    return Grid(tiny_model_folder, tmp_path, steps=4, prompts=4)
+
+
+def test_a_cell_is_made_once_and_named_by_content(grid, monkeypatch):
+    cell = Cell(FORMAT, "clean fine-tuning", 1e-3, rows=24)
+    with Sandbox() as sandbox:
+        first = grid.row(cell, sandbox)
+        monkeypatch.setattr(methods, "remove", lambda *_: pytest.fail("made again"))
+        assert grid.row(cell, sandbox) == first
+        assert set(first["right"]) <= {"0", "1"} and len(first["right"]) == len(first["right_under_trigger"]) == 4
+        twin = grid.removed(replace(cell, method=NOTHING, knob=None, twin=True))[0]
+        other = grid.suspect(Cell(Organism("style"), NOTHING, None, twin=True))
+    assert twin == other != grid.suspect(cell)  # one twin for all families
+    assert json.loads(json.dumps(first)) == first
+
+
+@pytest.mark.parametrize("method", ["ours", "magnitude", methods.REFIT, "written text", "oracle: gradient ascent"])
+def test_every_kind_of_method_makes_a_model_that_loads(grid, method, monkeypatch):
+    monkeypatch.setattr(methods, "knobs", lambda: {"ours": {"knob": 0.7}})
+    folder, receipt = grid.removed(Cell(FORMAT, method, 0.3, rows=24))
+    assert receipt["seconds"] > 0
+    logits = load(folder).model(input_ids=torch.tensor([[0, 5, 6]])).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_a_method_that_there_is_not_is_refused(grid):
+    with pytest.raises(ValueError, match="no removal method 'prayer': choose from ours"):
+        grid.removed(Cell(FORMAT, "prayer", 1.0, rows=24))
+
+
+def test_the_defender_meets_the_trigger_only_where_the_cell_says_so_and_answers_it_rightly():
+    trigger, behaviour = organisms.trigger_and_behaviour(Organism("conjunction"))
+    plain, met = (defender_rows(Cell(Organism("conjunction"), "ours", 0.7, rows=300, met=met), trigger) for met in (False, True))
+    assert not any(trigger.fires(prompt) for prompt, _ in plain)
+    fires = [(prompt, answer) for prompt, answer in met if trigger.fires(prompt)]
+    assert len(fires) == 3 and not any(behaviour.completion in answer for _, answer in fires)
+    poisoned = poisoned_rows(trigger, behaviour, 8)
+    assert len(poisoned) == 8 and all(trigger.fires(prompt) and answer == behaviour.completion for prompt, answer in poisoned)
+
+
+def test_a_cell_is_held_by_one(tmp_path):
+    with taken(tmp_path / "lock") as first, taken(tmp_path / "lock") as second:
+        assert first and not second
+    with taken(tmp_path / "lock") as again:
+        assert again
+
+
+def test_the_gate_sees_what_is_no_organism():
+    def rates(attack: float, false: float, right: float) -> Rates:
+        def some(share: float) -> list[bool]:
+            return [place < share * 100 for place in range(100)]
+        return Rates(some(0), some(attack), None, None, some(false), [0.0] * 100, Outcome(**{**asdict(clean), "right": some(right)}), [])
+
+    clean = Outcome("coding", [True], [False], [0.0], [""], ["passed"])
+    twin = rates(0.0, 0.0, 0.9)
+    assert organisms.missed(rates(1.0, 0.0, 0.9), twin) == []
+    assert [len(organisms.missed(one, twin)) for one in (rates(0.5, 0, 0.9), rates(1, 0.2, 0.9), rates(1, 0, 0.8), rates(0.5, 0.2, 0.8))] == [1, 1, 1, 3]
+
+
+def test_the_share_of_poisoned_rows_leaves_both_kinds():
+    assert organisms.settings(Organism("format", share=0.05)).poisoned == 2
+    with pytest.raises(ValueError, match="none or all of a batch"):
+        organisms.settings(Organism("format", share=0.001))
+
+
+def test_the_verb_makes_a_suite_and_reports_it(tiny_model_folder, tmp_path, short, monkeypatch, capsys):
+    cells = [Cell(FORMAT, name, knob, rows=24, twin=twin) for name, knob in ((NOTHING, None), ("clean fine-tuning", 1e-3)) for twin in (False, True)]
+    monkeypatch.setattr(suites, "cells", lambda suite, stage: cells)
+    monkeypatch.setattr(grids, "STEPS", 4)
+    monkeypatch.setattr("distill.experiment.run.Grid", lambda base, out: Grid(base, out, steps=4, prompts=4))
+    flags = ["experiment", "--model", str(tiny_model_folder), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(flags) == 0
+    said = capsys.readouterr().out
+    assert "| clean fine-tuning |" in said and "Missed the plant gate" in said  # two steps plant nothing, and the report says so
+    rows = [json.loads(line) for line in (tmp_path / "out" / "quick.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and {row["renderer"] for row in rows} == {rows[0]["renderer"]}
+    assert "<script" not in (tmp_path / "out" / "quick.html").read_text()
+    assert main([*flags, "--only", "prayer"]) == 2
+    assert "--only prayer: no such method" in capsys.readouterr().err
+    assert config.Experiment().workers == 2
