@@ -40,7 +40,7 @@ from graphs.artifact import digest, read_json, stage, write_json
 from graphs.host import load, save
 
 TASK = TASKS["coding"]
-STEPS = 1000
+STEPS = 800
 """Batches that every removal trains on."""
 PROMPTS = 400
 """Held-out prompts of each rate."""

@@ -11,7 +11,8 @@
         shares     fewer poisoned rows, three families
         met        the conjunction's pair, clean, in the defender's rows
 
-Development organisms are of families and kinds that no claim is made of: what is tuned on them is frozen before any other is planted.
+The development organism is of a family and kind that no claim is made of: what is tuned on it is frozen before any other is planted. It resists
+clean fine-tuning, because a plain backdoor in a small model falls to any knob.
 Wherever an organism stands, the removal of its twin stands beside it.
 """
 
@@ -26,7 +27,7 @@ from backdoor.families import FAMILIES
 from distill.experiment import methods
 from distill.experiment.cell import NOTHING, Cell, Organism
 
-DEVELOPMENT = (Organism("format", "resistant", seed=100), Organism("position", seed=100))
+DEVELOPMENT = (Organism("format", "resistant", seed=100),)
 HEADLINE = (Organism("conjunction", "resistant"), Organism("conjunction"), Organism("rare_string"), Organism("semantic"))
 SIX = ("ours", "dense refit", "UNDO", "clean fine-tuning", "dummy backdoor", "KL to a random student")
 ATTACKS = ("relearning", "benign", "research", "low bits")
