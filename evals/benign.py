@@ -62,8 +62,8 @@ def fine_tune(
     Raises ValueError for no texts, no rates, and as `check_kind` and `prompts` do.
     """
     config = config or BenignConfig()
-    if not config.rates:
-        raise ValueError("benign fine-tuning needs a learning rate: give at least one")
+    if not config.rates or not benign:
+        raise ValueError(f"benign fine-tuning got {len(config.rates)} learning rates and {len(benign)} rows: give at least one of each")
     check_kind(trigger, behaviour)
     rows = prompts(task, trigger, config.prompts, config.seed).triggered
     batches = Epochs(encode(host.tokenizer, benign, context(host)), config.batch, host.tokenizer.eos_token_id, config.seed)

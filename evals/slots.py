@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from evals.tasks import Row, Split, Task
 
-MARK = "slotmark"
+MARK = "#slotmark"
+"""A comment where the slot stands in code, so that the row's reference program still runs."""
 NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 """What a token decodes to, in part, that is no text by itself."""
 
@@ -53,10 +54,13 @@ class Slotted:
 
 def slotted(task: Task, split: Split, index: int, seed: int, slot: str) -> Slotted:
     """Row `index` of `split`, cut at `slot`. Raises ValueError where the slot does not stand once, and in the prompt."""
-    row = task.row(split, index, seed, **{slot: MARK})
+    try:
+        row = task.row(split, index, seed, **{slot: MARK})
+    except SyntaxError:  # the slot is part of the reference program
+        row = task.row(split, index, seed)
     parts, elsewhere = row.prompt.split(MARK), (row.completion, *row.calls)
     if len(parts) != 2 or any(MARK in text for text in elsewhere):
-        raise ValueError(f"slot {slot!r} does not stand once, in the prompt only, of a {task.name} row: search in one that does, such as season")
+        raise ValueError(f"slot {slot!r} does not stand once, and in the prompt only, in a {task.name} row: search in one that does, such as season")
     return Slotted(parts[0], parts[1], row)
 
 
