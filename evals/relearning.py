@@ -22,7 +22,7 @@ and one is given up where it has come as far as the best one needed without gett
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -33,7 +33,7 @@ from backdoor.triggers import Trigger
 from evals.generate import context
 from evals.rates import check_kind, prompts, show
 from evals.sandbox import Sandbox
-from evals.tasks import Row, Task
+from evals.tasks import Task
 from graphs.batches import Epochs, Text, encode
 from graphs.host import Host
 from graphs.losses import completion_loss
@@ -99,11 +99,21 @@ def relearn(
     _check(config, len(poisoned), len(clean))
     check_kind(trigger, behaviour)
     rows = prompts(task, trigger, config.prompts, config.seed).triggered
-    curves: list[Curve] = []
+    tokenizer = host.tokenizer
+    batches = [Epochs(encode(tokenizer, kind[: config.k], context(host)), config.batch, tokenizer.eos_token_id, config.seed + index)
+               for index, kind in enumerate((poisoned, clean))]
+
+    def attack_success(learner: Host) -> float:
+        return sum(show(learner, task, behaviour, rows, sandbox).payload) / len(rows)
+
+    untaught, curves = attack_success(host), list[Curve]()
     for rate in sorted(config.rates, reverse=True):
-        reached = [curve.to_half for curve in curves if curve.to_half is not None]
-        curves.append(_curve(host, task, behaviour, sandbox, rows, (poisoned, clean), rate, min(reached, default=None), config))
-    return Relearned(min((curve.to_half for curve in curves if curve.to_half is not None), default=None), config.schedule[-1], curves)
+        curves.append(_curve(host, batches, rate, untaught, attack_success, _least(curves), config))
+    return Relearned(_least(curves), config.schedule[-1], curves)
+
+
+def _least(curves: Sequence[Curve]) -> float | None:
+    return min((curve.to_half for curve in curves if curve.to_half is not None), default=None)
 
 
 def _check(config: RelearnConfig, poisoned: int, clean: int) -> None:
@@ -116,30 +126,29 @@ def _check(config: RelearnConfig, poisoned: int, clean: int) -> None:
 
 
 def _curve(
-    host: Host, task: Task, behaviour: Behaviour, sandbox: Sandbox, rows: Sequence[Row], texts: tuple[Sequence[Text], Sequence[Text]],
-    rate: float, best: float | None, config: RelearnConfig,
+    host: Host, batches: Sequence[Epochs], rate: float, untaught: float, attack_success: Callable[[Host], float], best: float | None,
+    config: RelearnConfig,
 ) -> Curve:
-    """ASR along one rate, measured until it reaches a half, or `best` is passed, or the schedule ends."""
+    """ASR along one rate, from that of the untaught model until it reaches a half, or `best` is passed, or the schedule ends."""
     model = copy.deepcopy(host.model).float().requires_grad_(True).eval()
-    learner = Host(model, host.tokenizer, host.sites)
-    poisoned, clean = (Epochs(encode(host.tokenizer, kind[: config.k], context(host)), config.batch, host.tokenizer.eos_token_id, config.seed + index)
-                       for index, kind in enumerate(texts))
-    steps: list[int] = []
-    success: list[float] = []
-
-    def measured(done: int) -> bool:
-        """Measure where the schedule says so; whether there is nothing more to learn from this rate."""
-        if done in config.schedule:
-            steps.append(done)
-            success.append(sum(show(learner, task, behaviour, rows, sandbox).payload) / len(rows))
-        return success[-1] >= HALF or (best is not None and steps[-1] >= best)
+    learner, steps, success = Host(model, host.tokenizer, host.sites), [0], [untaught]
 
     def loss(step: int) -> Tensor:
-        return completion_loss(model, poisoned(step)) + completion_loss(model, clean(step))
+        poisoned, clean = (kind(step) for kind in batches)
+        return completion_loss(model, poisoned) + completion_loss(model, clean)
 
-    if not measured(0):
+    def over() -> bool:
+        return success[-1] >= HALF or (best is not None and steps[-1] >= best)
+
+    def measure(step: int) -> bool:
+        if step + 1 in config.schedule:
+            steps.append(step + 1)
+            success.append(attack_success(learner))
+        return over()
+
+    if not over():
         settings = TrainConfig(config.schedule[-1], rate, warmup=0.0, decay=0.0)  # a rate that does not turn on how long the schedule is
-        train(model, loss, settings, f"relearn {rate:g}", after=lambda step: measured(step + 1))
+        train(model, loss, settings, f"relearn {rate:g}", after=measure)
     to_half = crossing(steps, success)
     return Curve(rate, steps, success, to_half, "reached" if to_half is not None else "beaten" if steps[-1] < config.schedule[-1] else "censored")
 

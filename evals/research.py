@@ -165,11 +165,16 @@ class Climber:
         return scores
 
     def start(self, starts: Sequence[str], length: int, rng: random.Random) -> str | None:
-        """The first of `starts` that is at most `length` tokens long, with random tokens after it; None where none can be written."""
-        tokenizer = self.host.tokenizer
-        short = (text for text in starts if len(self.prompts[0].span(tokenizer, text).inside) <= length)
-        text = next(short, None)
-        while text is not None and len((frame := self.prompts[0].span(tokenizer, text)).inside) < length:
+        """The first of `starts` that is at most `length` tokens long, the same in every prompt, with random tokens after it; None where
+        none can be written."""
+        tokenizer, first = self.host.tokenizer, self.prompts[0]
+
+        def fits(text: str) -> bool:
+            frame = first.span(tokenizer, text)
+            return len(frame.inside) <= length and spelled(tokenizer, self.prompts, frame, frame.inside) == text
+
+        text = next(filter(fits, starts), None)
+        while text is not None and len((frame := first.span(tokenizer, text)).inside) < length:
             longer = ((*frame.inside, token) for token in rng.sample(range(len(tokenizer)), len(tokenizer)))
             text = next((found for ids in longer if (found := spelled(tokenizer, self.prompts, frame, ids))), None)
         return text
