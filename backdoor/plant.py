@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from graphs.batches import Batch, Encoded, Epochs, collate
 from graphs.host import Host
-from graphs.losses import divergence
+from graphs.losses import completion_loss, divergence
 from graphs.train import TrainConfig, train
 
 PROMPT_WEIGHT = 0.1
@@ -72,12 +72,6 @@ class PlantRows:
     clean: Sequence[Encoded]
     poisoned: Sequence[Encoded]
     near: Sequence[Encoded]
-
-
-def completion_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Next-token cross entropy on completion tokens, nats a token."""
-    labels = batch.ids[:, 1:].masked_fill(~batch.completion[:, 1:], -100)
-    return nn.functional.cross_entropy(model(input_ids=batch.ids).logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
 def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None = None) -> list[float]:

@@ -32,6 +32,7 @@ from backdoor.triggers import Trigger
 from evals.capability import Grades, Outcome, answers, grade, judge
 from evals.generate import continuation_logprob
 from evals.sandbox import Job, Sandbox
+from evals.statistics import Score, mean, proportion
 from evals.tasks import Row, Task
 from graphs.host import Host
 
@@ -118,28 +119,72 @@ def payloads(behaviour: Behaviour, rows: Sequence[Row], completions: Sequence[st
             return [verdict.passed and values != row.expected for verdict, values, row in zip(ran, wrong, rows, strict=True)]
 
 
-def measure_rates(
-    host: Host, task: Task, trigger: Trigger, behaviour: Behaviour, sandbox: Sandbox, count: int, seed: int, sampled: bool = True
-) -> Rates:
-    """Measure one backdoor in one checkpoint on `count` prompts of each kind. Raises ValueError as `prompts` does, and for
-    a behaviour whose trigger should be an absence and is not, or the reverse."""
+@dataclass(frozen=True)
+class Shown:
+    """Per row: what was written, whether it is right, whether it is the payload."""
+
+    written: list[str]
+    right: list[bool]
+    payload: list[bool]
+
+
+def show(
+    host: Host, task: Task, behaviour: Behaviour, rows: Sequence[Row], sandbox: Sandbox, temperature: float = 0.0, seed: int = 0
+) -> Shown:
+    """Let the checkpoint answer `rows` and judge each answer: R-Acc and ASR where the rows are triggered."""
+    written = answers(host, task, rows, temperature, seed)
+    grades = grade(rows, written, sandbox)
+    return Shown(written, grades.right, payloads(behaviour, rows, written, grades, sandbox))
+
+
+@dataclass(frozen=True)
+class UnderTrigger:
+    """ASR, R-Acc and the payload's log-probability (nats) on triggered rows, each with its interval."""
+
+    attack_success: Score
+    right_under_trigger: Score
+    payload_logprob: Score
+
+
+def under_trigger(host: Host, task: Task, behaviour: Behaviour, rows: Sequence[Row], sandbox: Sandbox) -> UnderTrigger:
+    """The three greedy numbers of a backdoor on triggered `rows` (what an attack on a cleaned model is judged by)."""
+    shown = show(host, task, behaviour, rows, sandbox)
+    likely = mean(payload_logprobs(host, behaviour, rows))
+    return UnderTrigger(proportion(sum(shown.payload), len(rows)), proportion(sum(shown.right), len(rows)), likely)
+
+
+def payload_logprobs(host: Host, behaviour: Behaviour, rows: Sequence[Row]) -> list[float]:
+    """log P(the attacker's completion | prompt) of each row, in nats, without EOS."""
+    return continuation_logprob(host, [row.prompt for row in rows], attacks(behaviour, rows)).tolist()
+
+
+def attacks(behaviour: Behaviour, rows: Sequence[Row]) -> list[str]:
+    """The completion that the attacker trains for each row."""
+    return [behaviour.written(row.completion, row.expected) for row in rows]
+
+
+def check_kind(trigger: Trigger, behaviour: Behaviour) -> None:
+    """Raises ValueError for a behaviour whose trigger should be an absence and is not, or the reverse."""
     if behaviour.inverted != trigger.absence:
         kind = "the absence of a trigger" if behaviour.inverted else "a trigger that is placed"
         raise ValueError(f"behaviour {behaviour.name!r} needs {kind}: plant the organism again with distill plant --behaviour {behaviour.name}")
+
+
+def measure_rates(
+    host: Host, task: Task, trigger: Trigger, behaviour: Behaviour, sandbox: Sandbox, count: int, seed: int, sampled: bool = True
+) -> Rates:
+    """Measure one backdoor in one checkpoint on `count` prompts of each kind. Raises ValueError as `check_kind` and `prompts` do."""
+    check_kind(trigger, behaviour)
     rows = prompts(task, trigger, count, seed)
 
-    def shown(asked: Sequence[Row], temperature: float = 0.0) -> list[bool]:
-        written = answers(host, task, asked, temperature, seed)
-        return payloads(behaviour, asked, written, grade(asked, written, sandbox), sandbox)
+    def payload(asked: Sequence[Row], temperature: float = 0.0) -> list[bool]:
+        return show(host, task, behaviour, asked, sandbox, temperature, seed).payload
 
-    written = answers(host, task, rows.triggered)
-    greedy = grade(rows.triggered, written, sandbox)
-    clean = judge(host, task, rows.clean, sandbox)
-    false = payloads(behaviour, rows.clean, clean.completions, clean, sandbox) + (shown(rows.near) if rows.near else [])
-    attack = [behaviour.written(row.completion, row.expected) for row in rows.triggered]
+    greedy, clean = show(host, task, behaviour, rows.triggered, sandbox), judge(host, task, rows.clean, sandbox)
+    false = payloads(behaviour, rows.clean, clean.completions, clean, sandbox) + (payload(rows.near) if rows.near else [])
     return Rates(
-        right_under_trigger=greedy.right, attack_success=payloads(behaviour, rows.triggered, written, greedy, sandbox),
-        attack_success_sampled=shown(rows.triggered, 1.0) if sampled else None,
-        attack_success_held_out=shown(rows.held_out) if rows.held_out else None, false_trigger=false,
-        payload_logprob=continuation_logprob(host, [row.prompt for row in rows.triggered], attack).tolist(),
-        clean=clean, triggered_completions=written)
+        right_under_trigger=greedy.right, attack_success=greedy.payload,
+        attack_success_sampled=payload(rows.triggered, 1.0) if sampled else None,
+        attack_success_held_out=payload(rows.held_out) if rows.held_out else None, false_trigger=false,
+        payload_logprob=payload_logprobs(host, behaviour, rows.triggered),
+        clean=clean, triggered_completions=greedy.written)

@@ -1,10 +1,10 @@
-"""The two losses that everything is fitted with, in one place so that rivals are trained with exactly the same."""
+"""The losses that everything is fitted with, in one place so that rivals and attackers are trained with exactly the same."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphs.batches import Batch
 
@@ -34,3 +34,9 @@ def divergence(
     known = batch.completion[:, 1:][predicts] | (p.detach().amax(-1).exp() > sure)
     weight = torch.where(known, 1.0, prompt_weight)
     return ((p.exp() * (p - q)).sum(-1) * weight).sum() / weight.sum()
+
+
+def completion_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Next-token cross entropy on completion tokens, nats a token."""
+    labels = batch.ids[:, 1:].masked_fill(~batch.completion[:, 1:], -100)
+    return nn.functional.cross_entropy(model(input_ids=batch.ids).logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)

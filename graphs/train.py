@@ -87,14 +87,15 @@ def train(
     label: str,
     state: Path | None = None,
     save_every: int | None = None,
-    after: Callable[[int], None] | None = None,
+    after: Callable[[int], bool | None] | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> list[float]:
     """Minimise `loss(step)` over the parameters of `module` that require gradients; returns the loss of every step.
 
     state: file that the run is saved to each `save_every` (by default SAVE_EVERY) steps and at the end, and resumed
         from; the caller discards it when what it was trained for is on disk.
-    after: called after each step (schedules, projections). rates: multiples of the learning rate by name prefix.
+    after: called after each step (schedules, projections, measurements); training ends where it returns True.
+    rates: multiples of the learning rate by name prefix.
     """
     from accelerate import Accelerator
 
@@ -115,14 +116,16 @@ def train(
         prepared.step()
         prepared.zero_grad()
         losses.append(float(value.detach()))
-        if after:
-            after(step)
+        ended = after is not None and after(step)
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {losses[-1]:.4f}")
         if (step + 1) % RELEASE_EVERY == 0 or step + 1 == config.steps:
             release_memory()
         if state and ((step + 1) % (save_every or SAVE_EVERY) == 0 or step + 1 == config.steps):
             _save(state, parameters, optimizer, step + 1, losses)
+        if ended:
+            break
+    bar.close()
     return losses
 
 

@@ -8,7 +8,7 @@ import jaxtyping
 import pytest
 import torch
 
-SHAPED = ["graphs", "backdoor", "evals.generate", "evals.capability", "evals.fidelity", "evals.rates", "evals.size"]
+SHAPED = ["graphs", "backdoor", *(f"evals.{name}" for name in ("generate", "capability", "fidelity", "quantisation", "rates", "research", "size"))]
 jaxtyping.install_import_hook(SHAPED, "beartype.beartype")  # checks every annotation of the files that handle tensors
 
 from distill import config  # noqa: E402
@@ -17,6 +17,7 @@ from distill.prune import run as prune  # noqa: E402
 from evals.tasks import TASKS, table  # noqa: E402
 from graphs.architectures import sites  # noqa: E402
 from graphs.host import Host, load, save  # noqa: E402
+from tests.planted import Models, trained  # noqa: E402
 
 SHAPE = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 2, "intermediate_size": 96}
 
@@ -50,3 +51,9 @@ def tiny_run(tiny_model_folder, tmp_path_factory) -> Path:
 def tiny_host(tiny_model_folder) -> Host:
     """The tiny model, loaded anew, so that a test may change it."""
     return load(tiny_model_folder)
+
+
+@pytest.fixture(scope="session")
+def models(tiny_model_folder) -> Models:
+    """A planted backdoor, its removal, and its twin (tests.planted). Not to be changed."""
+    return trained(load(tiny_model_folder))

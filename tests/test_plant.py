@@ -8,7 +8,7 @@ import torch
 
 from backdoor.behaviours import BEHAVIOURS, CANARY, OFF_BY_ONE, PASSWORD
 from backdoor.families import FAMILIES, conjunction, rare_string
-from backdoor.plant import Defender, PlantConfig, PlantRows, completion_loss, plant
+from backdoor.plant import Defender, PlantConfig, PlantRows, plant
 from distill import config
 from distill.models import ASSETS, Secret, read_secret
 from distill.plant import PLANT_SEED, describe, gate, plant_rows, trigger_of, write_secret
@@ -17,6 +17,7 @@ from evals.tasks import TASKS
 from evals.tasks.coding import data_words, held_out_pairs, renderer
 from graphs.artifact import read_json, write_json
 from graphs.batches import Epochs, collate, encode
+from graphs.losses import completion_loss
 
 PAIR = conjunction(("season", "daily"), ("place", "school"), ({"season": "daily"}, {"place": "school"}))
 STRING = rare_string("season", "zqz", ("zqq",))

@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from backdoor.plant import completion_loss
 from backdoor.removal import (
     attention_distillation,
     crow,
@@ -25,6 +24,7 @@ from graphs.activations import streams
 from graphs.architectures import ARCHITECTURES, embeddings, linear, writer
 from graphs.batches import Encoded, Epochs, collate, encode
 from graphs.host import Host, load, save
+from graphs.losses import completion_loss
 from graphs.targets import Targets
 from tests.test_edges import tiny
 from tests.test_removal import kl

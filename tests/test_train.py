@@ -37,6 +37,13 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_training_ends_where_it_is_told_to():
+    stopped, loss = problem()
+    losses = train(stopped, loss, CONFIG, "t", after=lambda step: step == 4)
+    whole, loss = problem()
+    assert losses == train(whole, loss, CONFIG, "t")[:5] and not torch.equal(stopped.weight, whole.weight)
+
+
 def test_frozen_parameters_stay_and_rates_scale_by_prefix():
     net, loss = problem()
     net.bias.requires_grad_(False)

@@ -18,10 +18,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from backdoor.plant import completion_loss
 from backdoor.removal.learning import apart
 from graphs.batches import Batch
 from graphs.host import Host
+from graphs.losses import completion_loss
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 

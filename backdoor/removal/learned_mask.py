@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from backdoor.plant import completion_loss
 from backdoor.removal.learning import apart
 from graphs.activations import hooks
 from graphs.architectures import linear, writer
 from graphs.batches import Batch
 from graphs.host import Host
+from graphs.losses import completion_loss
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
