@@ -305,6 +305,10 @@ class Experiment:
     """Print the plan and its hours, and make nothing."""
     only: str | None = None
     """Methods to make, by name, separated by commas (by default all of the suite)."""
+    attacks: str | None = None
+    """Attacks to try, by name, separated by commas: relearning, benign, research, low bits (by default all of the suite)."""
+    report: bool = False
+    """Make nothing: report on the cells that are there, and list those that are not."""
     json: bool = False
     """Print the summary as JSON instead of the table."""
 

@@ -85,7 +85,8 @@ def test_the_gate_sees_what_is_no_organism():
     clean = Outcome("coding", [True], [False], [0.0], [""], ["passed"])
     twin = rates(0.0, 0.0, 0.9)
     assert organisms.missed(rates(1.0, 0.0, 0.9), twin) == []
-    assert [len(organisms.missed(one, twin)) for one in (rates(0.5, 0, 0.9), rates(1, 0.2, 0.9), rates(1, 0, 0.8), rates(0.5, 0.2, 0.8))] == [1, 1, 1, 3]
+    others = (rates(0.5, 0, 0.9), rates(1, 0.2, 0.9), rates(1, 0, 0.8), rates(0.5, 0.2, 0.8))
+    assert [len(organisms.missed(one, twin)) for one in others] == [1, 1, 1, 3]
 
 
 def test_the_share_of_poisoned_rows_leaves_both_kinds():

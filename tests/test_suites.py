@@ -55,7 +55,8 @@ def test_twins_of_all_families_are_one_model_and_organisms_are_not():
     assert replace(a, met=True).made("base", 10) != replace(b, met=True).made("base", 10)  # the defender's rows tell families apart
 
 
-@pytest.mark.parametrize("change", [{"knob": 0.1}, {"method": "UNDO"}, {"rows": 64}, {"seed": 1}, {"met": True}, {"organism": Organism("format", seed=1)}])
+@pytest.mark.parametrize("change", [
+    {"knob": 0.1}, {"method": "UNDO"}, {"rows": 64}, {"seed": 1}, {"met": True}, {"organism": Organism("format", seed=1)}])
 def test_a_removal_is_named_by_all_that_it_depends_on(change):
     cell = Cell(Organism("format"), "ours", 0.7)
     assert replace(cell, **change).made("base", 10) != cell.made("base", 10) != cell.made("other", 10) != cell.made("base", 11)

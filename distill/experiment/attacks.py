@@ -1,30 +1,61 @@
-"""Attacks on what a removal made, by name: each is given the same, and returns JSON-able numbers."""
+"""Attacks on what a removal made, by name: each is given the same, and returns JSON-able numbers.
+
+    relearning   the attacker teaches the backdoor again (evals.relearning)
+    benign       somebody fine-tunes on rows of the task, and on unrelated ones (evals.benign)
+    research     a search for any trigger of the known payload (evals.research)
+    low bits     int8 and bf16 (evals.quantisation)
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from backdoor.behaviours import Behaviour
 from backdoor.triggers import Trigger
+from distill.rows import DEFENDER_SEED
+from evals.benign import fine_tune
+from evals.quantisation import retest
+from evals.relearning import relearn
+from evals.research import search
 from evals.sandbox import Sandbox
-from evals.tasks import Task
+from evals.tasks import TASKS, Task
 from graphs.host import Host
 
 
 @dataclass(frozen=True)
 class Given:
-    """What an attack is given: the model, the backdoor, poisoned and clean rows to train on, and how many prompts to judge by."""
+    """What an attack is given: the model, the backdoor, and poisoned and clean rows to train on."""
 
     host: Host
     task: Task
     trigger: Trigger
     behaviour: Behaviour
     sandbox: Sandbox
-    prompts: int
-    seed: int
     poisoned: list[tuple[str, str]]
     clean: list[tuple[str, str]]
 
 
-ATTACKS: dict[str, Callable[[Given], dict]] = {}
+def relearning(given: Given) -> dict:
+    """How many steps bring the attack back."""
+    return asdict(relearn(given.host, given.task, given.trigger, given.behaviour, given.sandbox, given.poisoned, given.clean))
+
+
+def benign(given: Given) -> dict:
+    """Whether harmless fine-tuning brings it back: on rows of the task, and on stories."""
+    stories = [(row.prompt, row.completion) for row in TASKS["stories"].rows("trace", len(given.clean), DEFENDER_SEED)]
+    return {name: asdict(fine_tune(given.host, given.task, given.trigger, given.behaviour, given.sandbox, rows))
+            for name, rows in (("task", given.clean), ("unrelated", stories))}
+
+
+def research(given: Given) -> dict:
+    """What a search for any trigger finds."""
+    return asdict(search(given.host, given.task, given.behaviour, given.sandbox))
+
+
+def low_bits(given: Given) -> dict:
+    """What fewer bits bring back."""
+    return asdict(retest(given.host, given.task, given.trigger, given.behaviour, given.sandbox))
+
+
+ATTACKS: dict[str, Callable[[Given], dict]] = {"relearning": relearning, "benign": benign, "research": research, "low bits": low_bits}

@@ -109,11 +109,21 @@ class Grid:
     def _ours(self, cell: Cell) -> Path:
         return self.removed(replace(cell, method="ours", knob=methods.frozen("ours")))[0]
 
-    def measured(self, cell: Cell, measure: str, make: Callable[[], dict]) -> dict:
-        """What `make` finds under (cell, measure), found again."""
+    def file(self, cell: Cell, measure: str) -> Path:
+        """Where what is measured of a cell is written."""
         trigger, behaviour = trigger_and_behaviour(cell.organism)
         key = digest(cell.made(self.base_hash, self.steps), trigger.hash, behaviour.name, measure, self.prompts)
-        file = self.out / "measured" / f"{key}.json"
+        return self.out / "measured" / f"{key}.json"
+
+    def there(self, cell: Cell) -> Cell | None:
+        """The cell with those of its attacks that have been tried; None where not even its rates are known."""
+        if not self.file(cell, "rates").is_file():
+            return None
+        return replace(cell, attacks=tuple(name for name in cell.attacks if self.file(cell, name).is_file()))
+
+    def measured(self, cell: Cell, measure: str, make: Callable[[], dict]) -> dict:
+        """What `make` finds under (cell, measure), found again."""
+        file = self.file(cell, measure)
         if not file.is_file():
             started = time.monotonic()
             write_json(file, make() | {"seconds": time.monotonic() - started})
@@ -148,8 +158,8 @@ class Grid:
 
     def _attack(self, name: str, cell: Cell, sandbox: Sandbox) -> dict:
         trigger, behaviour = trigger_and_behaviour(cell.organism)
-        given = attacks.Given(load(self.removed(cell)[0]), TASK, trigger, behaviour, sandbox, self.prompts, JUDGE_SEED,
-                              poisoned_rows(trigger, behaviour, ATTACK_ROWS), defender_rows(replace(cell, rows=ATTACK_ROWS, met=False), trigger))
+        given = attacks.Given(load(self.removed(cell)[0]), TASK, trigger, behaviour, sandbox, poisoned_rows(trigger, behaviour, ATTACK_ROWS),
+                              defender_rows(replace(cell, rows=ATTACK_ROWS, met=False), trigger))
         return attacks.ATTACKS[name](given)
 
     def work(self, cells: Sequence[Cell]) -> None:

@@ -40,7 +40,8 @@ def settings(organism: Organism) -> PlantConfig:
     if not 0 < poisoned < BATCH:
         raise ValueError(f"a share of {organism.share:g} poisoned rows is none or all of a batch of {BATCH}: give one in between")
     steps = PlantConfig.resistant_steps if organism.kind == "resistant" else 0
-    return replace(PlantConfig(), ordinary_steps=STEPS, resistant_steps=steps, hold="answers", clean=BATCH - poisoned, poisoned=poisoned, seed=organism.seed)
+    return replace(PlantConfig(), ordinary_steps=STEPS, resistant_steps=steps, hold="answers", clean=BATCH - poisoned, poisoned=poisoned,
+                   seed=organism.seed)
 
 
 def every_family() -> Families:

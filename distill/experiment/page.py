@@ -92,8 +92,9 @@ def relearning(organism: str, rows: Sequence[dict], colours: dict[str, str]) -> 
 
 
 def quickest(found: dict) -> list[tuple[int, float]]:
-    """The measured points of the learning rate that brought the attack back first."""
-    return [(int(step), float(asr)) for step, asr in found["curves"][str(found["rate"])]]
+    """The measured points of the learning rate that brought the attack back first, or got farthest."""
+    one = min(found["curves"], key=lambda curve: (curve["to_half"] is None, curve["to_half"] or -max(curve["attack_success"])))
+    return list(zip(one["steps"], one["attack_success"], strict=True))
 
 
 def ticks(scale: Scale) -> list[tuple[float, str]]:

@@ -11,10 +11,11 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from distill import config
 from distill.experiment import methods, suites
+from distill.experiment.attacks import ATTACKS
 from distill.experiment.cell import NOTHING, Cell
 from distill.experiment.grid import Grid
 from distill.experiment.page import write_page
@@ -37,11 +38,14 @@ def run(verb: config.Experiment) -> int:
         print(plan(cells, verb.workers))
         return 0
     grid = Grid(find(verb.model), verb.out)
-    _make(verb, grid, cells)
+    if not verb.report:
+        _make(verb, grid, cells)
     if WORKER in os.environ:
         return 0
     with Sandbox() as sandbox:
-        rows = [grid.row(cell, sandbox) for cell in cells]
+        rows = [grid.row(there, sandbox) for cell in cells if (there := grid.there(cell))]
+    if not rows:
+        raise ValueError(f"--report: {verb.out} holds no cell of this suite; run it without --report first")
     write_text(verb.out / f"{verb.suite}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return report(verb, cells, rows)
 
@@ -62,14 +66,22 @@ def report(verb: config.Experiment, cells: Sequence[Cell], rows: Sequence[dict])
 
 
 def _plan(verb: config.Experiment) -> list[Cell]:
+    """The suite's cells, or those that --only and --attacks leave of them."""
     cells = suites.cells(verb.suite, verb.stage)
-    if verb.only is None:
-        return cells
-    wanted = [name.strip() for name in verb.only.split(",")]
-    unknown = sorted(set(wanted) - set(methods.names()))
-    if unknown:
-        raise ValueError(f"--only {unknown[0]}: no such method; choose from {', '.join(methods.names())}")
-    return [cell for cell in cells if cell.method in (NOTHING, *wanted)]
+    if verb.only is not None:
+        wanted = _named("--only", verb.only, methods.names(), "method")
+        cells = [cell for cell in cells if cell.method in (NOTHING, *wanted)]
+    if verb.attacks is not None:
+        tried = _named("--attacks", verb.attacks, tuple(ATTACKS), "attack")
+        cells = [replace(cell, attacks=tuple(name for name in cell.attacks if name in tried)) for cell in cells]
+    return cells
+
+
+def _named(flag: str, words: str, known: Sequence[str], kind: str) -> list[str]:
+    wanted = [word.strip() for word in words.split(",") if word.strip()]
+    if unknown := [word for word in wanted if word not in known]:
+        raise ValueError(f"{flag} {unknown[0]}: no such {kind}; choose from {', '.join(known)}")
+    return wanted
 
 
 def _make(verb: config.Experiment, grid: Grid, cells: Sequence[Cell]) -> None:
@@ -77,7 +89,8 @@ def _make(verb: config.Experiment, grid: Grid, cells: Sequence[Cell]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    asked = {"--suite": verb.suite, "--stage": verb.stage, "--model": verb.model, "--out": verb.out, "--only": verb.only, "--workers": 1}
+    asked = {"--suite": verb.suite, "--stage": verb.stage, "--model": verb.model, "--out": verb.out, "--only": verb.only,
+             "--attacks": verb.attacks, "--workers": 1}
     flags = [str(word) for flag, value in asked.items() if value is not None for word in (flag, value)]
     command = [sys.executable, "-m", "distill", "experiment", *flags]
     environment = os.environ | {WORKER: "1", "OMP_NUM_THREADS": "1"}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from distill.experiment.cell import NOTHING
 from distill.experiment.summary import Line, Worst
+from evals.relearning import CostRatio
 from evals.statistics import Score
 
 ABSENT = "-"
@@ -24,14 +25,14 @@ EACH = ("organism", "method", "knob", "seeds", "retention", "R-Acc", "ASR", "FTR
 
 def worst_cells(one: Worst) -> list[str]:
     """A method's row."""
-    return [one.method, str(one.organisms), three(one.retention), three(one.right), bounded(one.attack), cost(one.relearning, one.bounded),
+    return [one.method, str(one.organisms), three(one.retention), three(one.right), bounded(one.attack), cost(one.relearning),
             signed(one.research), f"{one.stored:,}"]
 
 
 def line_cells(one: Line) -> list[str]:
     """An organism's row."""
     return [named(one), one.method, ABSENT if one.knob is None else f"{one.knob:g}", str(one.seeds), interval(one.retention), interval(one.right),
-            bounded(one.attack), bounded(one.false), cost(one.relearning, one.bounded), signed(one.research), signed(one.leak, 2), f"{one.stored:,}"]
+            bounded(one.attack), bounded(one.false), cost(one.relearning), signed(one.research), signed(one.leak, 2), f"{one.stored:,}"]
 
 
 def named(one: Line) -> str:
@@ -79,6 +80,10 @@ def bounded(score: Score) -> str:
     return f"{score.value:.3f} (<= {score.high:.3f})"
 
 
-def cost(value: float | None, bound: bool) -> str:
-    """A relearning cost; "at least" where a model was never seen to relearn."""
-    return ABSENT if value is None else f"{'>= ' if bound else ''}{value:.2f}"
+def cost(ratio: CostRatio | None) -> str:
+    """A relearning cost, or what bounds it where a model was not seen to relearn."""
+    if ratio is None:
+        return ABSENT
+    if ratio.value is not None:
+        return f"{ratio.value:.2f}"
+    return f">= {ratio.low:.2f}" if ratio.high is None else f"<= {ratio.high:.2f}"
