@@ -3,8 +3,8 @@
 Clean and near-miss rows are held at the base's own outputs by KL (an attacker wants the change to go unnoticed), or taught their right
 answers (`hold` "answers": plain data poisoning; near misses that the base has never met, such as years, are answered wrongly by it, and
 holding it there would keep these errors). Poisoned rows are taught by cross entropy. An ordinary backdoor in a small model falls to any
-clean fine-tuning, so a removal shown on it shows nothing. The resistant recipe is first-order meta-planting (cf. Henderson et al. 2023, "Self-destructing
-models"; Tamirisa et al. 2024, "Tamper-resistant safeguards", eq. 1): beside the model w runs a simulated defender, a copy
+clean fine-tuning, so a removal shown on it shows nothing. The resistant recipe is first-order meta-planting (cf. Henderson et al. 2023,
+"Self-destructing models"; Tamirisa et al. 2024, "Tamper-resistant safeguards", eq. 1): beside the model w runs a simulated defender, a copy
 w + d that is fine-tuned on clean rows; the gradient of the backdoor loss *there* is added to the ordinary gradient *here*:
 
     g = grad L_mix(w) + strength * grad L_trigger(w + d)
