@@ -27,7 +27,7 @@ from backdoor.families import FAMILIES
 from distill.experiment import methods
 from distill.experiment.cell import NOTHING, Cell, Organism
 
-DEVELOPMENT = (Organism("format", "resistant", seed=100),)
+DEVELOPMENT = (Organism("format", "resistant"),)
 HEADLINE = (Organism("conjunction", "resistant"), Organism("conjunction"), Organism("rare_string"), Organism("semantic"))
 SIX = ("ours", "dense refit", "UNDO", "clean fine-tuning", "dummy backdoor", "KL to a random student")
 ATTACKS = ("relearning", "benign", "research", "low bits")
