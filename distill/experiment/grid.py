@@ -140,8 +140,12 @@ class Grid:
 
         return self.measured(cell, "rates", make)
 
+    def attacked(self, cell: Cell, sandbox: Sandbox) -> dict[str, dict]:
+        """What each of the cell's attacks finds."""
+        return {name: self.measured(cell, name, partial(self._attack, name, cell, sandbox)) for name in cell.attacks}
+
     def row(self, cell: Cell, sandbox: Sandbox) -> dict:
-        """All that is measured of a cell, as one row."""
+        """All that is measured of a cell, as one row; of an organism as it was planted also whether it misses the gate, by its twin."""
         trigger, _ = trigger_and_behaviour(cell.organism)
         judged = self.rates(cell, sandbox)
         found = Rates.from_record(judged["rates"])
@@ -151,7 +155,7 @@ class Grid:
             "payload_logprob": sum(found.payload_logprob) / len(found.payload_logprob)}
         if cell.method == NOTHING and not cell.twin:
             row["gate_missed"] = missed(found, Rates.from_record(self.rates(replace(cell, twin=True), sandbox)["rates"]))
-        row["attacks"] = {name: self.measured(cell, name, partial(self._attack, name, cell, sandbox)) for name in cell.attacks}
+        row["attacks"] = self.attacked(cell, sandbox)
         row["seconds"] = {"removal": self.removed(cell)[1]["seconds"], "rates": judged["seconds"]} | {
             name: one["seconds"] for name, one in row["attacks"].items()}
         return row | {"base": self.base_hash, "steps": self.steps, "prompts": self.prompts, "renderer": renderer(), "trigger": trigger.hash}
@@ -174,7 +178,8 @@ class Grid:
                             waiting.append(cell)
                             continue
                         print(f"cell: {cell.label}", file=sys.stderr)
-                        self.row(cell, sandbox)
+                        self.rates(cell, sandbox)
+                        self.attacked(cell, sandbox)
                 if len(waiting) == len(left):
                     time.sleep(1.0)
                 left = waiting
