@@ -65,7 +65,7 @@ def test_ratios_of_censored_costs_are_bounds():
     assert asdict(relearn_cost_ratio(one(None), one(20.0))) == {"value": None, "low": 3.0, "high": None}
     unknown = {"value": None, "low": 0.0, "high": None}
     assert asdict(relearn_cost_ratio(one(None), one(None))) == asdict(relearn_cost_ratio(one(3.0), one(0.0))) == unknown
-    assert relearn_cost_ratio(one(0.0), one(20.0)).value == 0.0
+    assert relearn_cost_ratio(one(0.0), one(20.0)).value == relearn_cost_ratio(one(0.0), one(None)).value == 0.0
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
