@@ -169,10 +169,10 @@ def relearn_cost_ratio(cleaned: Relearned, twin: Relearned) -> CostRatio:
     are, or the twin shows the payload untaught (0 steps), nothing is known of it."""
     if twin.steps == 0 or (cleaned.steps is None and twin.steps is None):
         return CostRatio(None, 0.0, None)
-    if twin.steps is None:
-        assert cleaned.steps is not None
-        return CostRatio(None, 0.0, cleaned.steps / twin.bound)
     if cleaned.steps is None:
+        assert twin.steps is not None
         return CostRatio(None, cleaned.bound / twin.steps, None)
-    ratio = cleaned.steps / twin.steps
+    if twin.steps is None and cleaned.steps > 0:
+        return CostRatio(None, 0.0, cleaned.steps / twin.bound)
+    ratio = cleaned.steps / twin.steps if twin.steps else 0.0  # no steps are no share of any number of them
     return CostRatio(ratio, ratio, ratio)
