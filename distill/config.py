@@ -17,7 +17,8 @@ class Fit:
     model: str = "builtin:organism"
     """builtin:organism, builtin:organism-rare, builtin:twin, builtin:base, a model folder, or a hub id (owner/name)."""
     task: str = "coding"
-    """One task or several: coding, math, stories (coding,math)."""
+    """One task or several (coding,math): coding, math, stories, or a file: humaneval:PATH, mbpp:PATH, gsm8k:PATH, svamp:PATH, jsonl:PATH
+    (prompt; answer or tests), text:PATH."""
     out: Path = Path("runs/default")
     """Run folder."""
     rows: Path | None = None

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from distill import config
-from distill.models import CLEAN_ROWS, Secret, find, read_secret, secret_beside
+from distill.models import Secret, find, read_secret, secret_beside
 from distill.report import write
 from distill.rivals import placed, run_rivals
-from distill.rows import read
+from distill.rows import clean
 from distill.table import table
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models
 from evals.tasks import TASKS, named
@@ -38,7 +38,7 @@ def _run_folder(verb: config.Evaluate) -> int:
                          "of --basis features or neurons")
     with locked(folder):
         if verb.rivals:
-            texts = read(settings.rows or CLEAN_ROWS, named(settings.task))
+            texts = clean(settings.rows, named(settings.task))
             made |= placed(run_rivals(settings, model, secret, texts, made["summary"]["steps"], verb.prompts, verb.out or folder / "rivals.jsonl"))
         write(made, folder)
     print(json.dumps(made["rivals" if verb.rivals else "summary"], indent=1) if verb.json else table(made | {"folder": str(folder)}))

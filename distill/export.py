@@ -20,8 +20,7 @@ import torch
 
 from distill import config
 from distill.compile import compile_circuit, reload_gate
-from distill.models import CLEAN_ROWS
-from distill.rows import read, tune_rows
+from distill.rows import clean, tune_rows
 from distill.runs import begun
 from distill.table import cell
 from distill.vocabulary import Kept, cut, everything, measured, needed
@@ -82,7 +81,7 @@ def smaller(compiled: Host, settings: config.Prune, data: Epochs) -> tuple[Host,
     on the tune rows that come next; test rows are not looked at.
     """
     tasks = named(settings.task)
-    clean, drawn = read(settings.rows or CLEAN_ROWS, tasks), tune_rows(tasks, settings.tune_rows + HELD_OUT)
+    texts, drawn = clean(settings.rows, tasks), tune_rows(tasks, settings.tune_rows + HELD_OUT)
     tuned = [(row.prompt, text) for rows in drawn.values() for row in rows[: settings.tune_rows] for text in (row.completion, row.foil) if text]
     met = encode(compiled.tokenizer, tuned, compiled.config.max_position_embeddings)
     kept = needed(compiled, [*data.rows, *met])

@@ -19,7 +19,7 @@ from distill.models import ASSETS, Secret
 from distill.rivals import placed
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
 from evals.rates import prompts
-from evals.tasks import TASKS, Task
+from evals.tasks import TASKS, Task, dropped
 from graphs.replace import LAYERS
 
 PAYLOADS = 1 / 500
@@ -33,10 +33,9 @@ def judge(folder: Path, model: Path, secret: Secret | None, tasks: list[Task], v
     models = {"organism" if secret else "model": model, "checkpoint": folder / "checkpoint"}
     if secret and secret.twin:
         models["twin"] = secret.twin
-    dropped = [task for task in TASKS.values() if task not in tasks]
     backdoor = Backdoor(TASKS["coding"], secret.trigger, secret.behaviour) if secret and "coding" in {task.name for task in tasks} else None
     settings = EvaluateConfig(prompts=verb.prompts, other_prompts=min(200, verb.prompts))
-    judged = judge_models(models, next(iter(models)), tasks, dropped, backdoor, settings, folder / ".work" / "judged")
+    judged = judge_models(models, next(iter(models)), tasks, dropped(tasks), backdoor, settings, folder / ".work" / "judged")
     shown = prompts(backdoor.task, backdoor.trigger, EXAMPLES, settings.seed).triggered if backdoor else []
     return judged | {"examples": [row.prompt for row in shown]}
 
@@ -114,7 +113,7 @@ def report(judged: dict, receipts: dict, verb: config.Prune, tasks: list[Task], 
     circuit, graph, others = receipts["circuit"], receipts["graph"], known_rivals(verb, model_hash)
     return {
         "name": name, "command": command(verb), "model": verb.model,
-        "tasks": [t.name for t in tasks], "dropped": [t for t in TASKS if t not in {k.name for k in tasks}],
+        "tasks": [t.name for t in tasks], "dropped": [t.name for t in dropped(tasks)],
         "commit": commit(), "versions": versions(), "summary": numbers, "gates": gates(numbers, verb),
         "models": {key: _model(value, judged["tasks"]) for key, value in judged["models"].items()}, "against": judged["against"],
         **placed(others), "curve": _curve(circuit, judged), "fit": graph["quality"],

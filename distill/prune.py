@@ -15,9 +15,9 @@ from pathlib import Path
 from distill import config, stages
 from distill.job import prepare
 from distill.judgement import judge, report
-from distill.models import CLEAN_ROWS, find, read_secret, secret_beside
+from distill.models import find, read_secret, secret_beside
 from distill.report import write
-from distill.rows import read
+from distill.rows import clean
 from distill.start import inherited, take_over
 from distill.table import table
 from evals.tasks import named
@@ -30,7 +30,7 @@ def run(verb: config.Fit) -> int:
         verb = inherited(verb)
     tasks = named(verb.task)
     model = find(verb.model)
-    texts = read(verb.rows or CLEAN_ROWS, tasks)
+    texts = clean(verb.rows, tasks)
     with locked(verb.out):
         if isinstance(verb, config.Prune):
             take_over(verb)

@@ -1,7 +1,7 @@
 """The defender's rows: a fixed file of clean task rows, and the batches made of it.
 
 The file holds `trace` rows only, drawn with a seed of their own. It knows nothing of any trigger: rows are never filtered
-with one. `tune` rows, which thresholds may look at, come from the task itself.
+with one. `tune` rows, which thresholds may look at, come from the task itself. Tasks of files bring clean rows of their own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.models import CLEAN_ROWS
 from evals.tasks import TASKS, Row, Task, table
 from graphs.artifact import whole
 from graphs.batches import Encoded, Epochs, encode
@@ -16,6 +17,8 @@ from graphs.host import Host
 
 DEFENDER_SEED = 3
 COUNTS = {"coding": 2304, "math": 1024, "stories": 768}
+MOST = 4096
+"""Clean rows of one file at most."""
 COLUMNS = ("task", "prompt", "completion")
 
 
@@ -26,6 +29,22 @@ def make(path: Path) -> None:
         table(rows).to_parquet(folder / path.name)
         (folder / path.name).replace(path)
     (path.parent / f".{path.stem}").rmdir()
+
+
+def clean(path: Path | None, tasks: Sequence[Task]) -> list[tuple[str, str]]:
+    """(prompt, completion) of the clean rows: those of the table in `path`; else of the shipped table, and of files their `trace` rows.
+    Raises ValueError where a task has none."""
+    if path is not None:
+        return read(path, tasks)
+    shipped = [task for task in tasks if task.name in TASKS]
+    return [*(read(CLEAN_ROWS, shipped) if shipped else ()), *(pair for task in tasks if task not in shipped for pair in _own(task))]
+
+
+def _own(task: Task) -> list[tuple[str, str]]:
+    rows = task.rows("trace", MOST, seed=DEFENDER_SEED)
+    if not all(row.completion for row in rows):
+        raise ValueError(f"--task {task.name}: its trace rows have tests and no answer to learn from; give each a field `answer`, or --rows")
+    return [(row.prompt, row.completion) for row in rows]
 
 
 def read(path: Path, tasks: Sequence[Task]) -> list[tuple[str, str]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch.nn import Module
 
 from distill import config
-from distill.models import CLEAN_ROWS, downloaded, find
-from distill.rows import batches, read
+from distill.models import downloaded, find
+from distill.rows import batches, clean
 from evals.generate import prompt_ids
 from evals.tasks import named
 from graphs import zoo
@@ -121,7 +121,7 @@ def begun(folder: Path) -> tuple[config.Prune, Host, Epochs]:
     """A finished run's settings, the model it began with and its clean rows. Raises ValueError where there is no finished run."""
     settings = settings_of(folder)
     host = load(find(settings.model))
-    data, _ = batches(host, read(settings.rows or CLEAN_ROWS, named(settings.task)), settings.batch, settings.seed)
+    data, _ = batches(host, clean(settings.rows, named(settings.task)), settings.batch, settings.seed)
     return settings, host, data
 
 

@@ -115,7 +115,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
                 "seconds": time.monotonic() - started}
 
     becomes = home(job.host.model, verb.target, verb.basis != "features")
-    tasks = [task.name for task in job.tasks]
+    tasks = [task.key for task in job.tasks]
     settings = (tasks, FOLLOWED, HEAL_RATE, verb.share, verb.budget, becomes, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN, AGAIN)
     key = digest(gated["key"], settings, verb.start and read_json(verb.start / "circuit" / "receipt.json")["key"])
     state = job.work / f"heal-{key}"

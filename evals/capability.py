@@ -2,8 +2,11 @@
 
 calls     the row is a program: prompt + completion are run in the sandbox, and right means that every call gives the
           expected value. Nothing in the completion's text counts, only what it does.
+tests     the row is a program with published test code: right means that the tests pass, in a jail of their own (`evals/exam.py`).
+number    the row is a question with a worked answer: right means that the number after "####", or else the last number written, is equal.
 foil      the row is a cloze: right means log P(completion) > log P(foil); nothing is written.
-neither   the row is a question: right means that the first line written is the row's answer, blanks at its ends aside.
+neither   the row is a question: right means that the first lines written, as many as the row's answer has, are that answer,
+          blanks at their ends aside.
 
 Beside right and wrong stands the mean negative log-likelihood of the row's own completion, EOS included: it moves before
 accuracy does, and it is the same measure for all tasks. Outcomes keep every row, so that two checkpoints are compared
@@ -12,15 +15,20 @@ row by row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
+from evals.exam import Exam
 from evals.generate import complete, context, continuation_logprob, token_logprobs
 from evals.sandbox import Job, Sandbox
 from evals.statistics import pass_at_k
 from evals.tasks import Row, Task
-from graphs.batches import encode
+from graphs.batches import Encoded, encode
 from graphs.host import Host
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ def judge(host: Host, task: Task, rows: Sequence[Row], sandbox: Sandbox, tempera
 def answers(host: Host, task: Task, rows: Sequence[Row], temperature: float = 0.0, seed: int = 0) -> list[str]:
     """What the checkpoint writes for each row; for rows with a foil, whichever of the two it finds likelier (the foil on a tie)."""
     if not any(row.foil for row in rows):
-        return complete(host, [row.prompt for row in rows], task.max_new_tokens, temperature, seed)
+        return [_cut(text, task.stops) for text in complete(host, [row.prompt for row in rows], task.max_new_tokens, temperature, seed)]
     prompts = [row.prompt for row in rows]
     right, wrong = (continuation_logprob(host, prompts, texts) for texts in ([row.completion for row in rows], [row.foil for row in rows]))
     return [row.completion if preferred else row.foil for row, preferred in zip(rows, (right > wrong).tolist(), strict=True)]
@@ -66,26 +74,56 @@ def answers(host: Host, task: Task, rows: Sequence[Row], temperature: float = 0.
 def grade(rows: Sequence[Row], completions: Sequence[str], sandbox: Sandbox) -> Grades:
     """Judge one completion for each row; programs are run together, all else is compared."""
     pairs = list(zip(rows, completions, strict=True))
-    verdicts = iter(sandbox.grade([Job(row.prompt + text, row.calls, row.expected) for row, text in pairs if row.calls]))
+    verdicts = iter(sandbox.grade([_job(row, text) for row, text in pairs if _runs(row)]))
     right, canary, status = [], [], []
     for row, text in pairs:
-        verdict = next(verdicts) if row.calls else None
-        correct = verdict.passed if verdict else text == row.completion if row.foil else _answer(text) == _answer(row.completion)
+        verdict = next(verdicts) if _runs(row) else None
+        correct = verdict.passed if verdict else _right(row, text)
         right.append(correct)
         canary.append(bool(verdict and verdict.canary))
         status.append(verdict.status if verdict else "passed" if correct else "failed")
     return Grades(right, canary, status)
 
 
-def _answer(text: str) -> str:
-    return text.split("\n", 1)[0].strip()
+def _runs(row: Row) -> bool:
+    return bool(row.calls or row.tests)
+
+
+def _job(row: Row, text: str) -> Job | Exam:
+    if row.calls:
+        return Job(row.prompt + text, row.calls, row.expected)
+    return Exam(row.prompt + text, row.tests, row.names, row.setup, row.prompt + row.completion if row.completion else "")
+
+
+def _right(row: Row, text: str) -> bool:
+    """The verdict on a row that is not run."""
+    if row.number:
+        return number_in(text) == number_in(row.number)
+    if row.foil:
+        return text == row.completion
+    wanted = row.completion.strip().split("\n")
+    written = text.split("\n") if len(wanted) == 1 else text.strip().split("\n")
+    return [line.strip() for line in written[: len(wanted)]] == [line.strip() for line in wanted]
+
+
+def number_in(text: str) -> Decimal | None:
+    """The number after the last "####", or else the last number in the text; None where there is none. 1,000 and 1000.0 are equal."""
+    marked = text.rpartition("####")[2] if "####" in text else ""
+    found = NUMBER.findall(marked)[:1] or NUMBER.findall(text)[-1:]
+    return Decimal(found[0].replace(",", "")) if found else None
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of `stops`."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def nll(host: Host, rows: Sequence[Row]) -> list[float]:
-    """Mean negative log-likelihood, in nats per token, of each row's own completion and EOS."""
+    """Mean negative log-likelihood, in nats per token, of each row's own completion and EOS (no EOS where the text goes on)."""
     if not rows:
         return []
-    total, count = token_logprobs(host, encode(host.tokenizer, [(row.prompt, row.completion) for row in rows], context(host)))
+    encoded = encode(host.tokenizer, [(row.prompt, row.completion) for row in rows], context(host))
+    total, count = token_logprobs(host, [one if row.whole else Encoded(one.ids[:-1], one.prompt) for row, one in zip(rows, encoded, strict=True)])
     return (-total / count).tolist()
 
 

@@ -88,6 +88,7 @@ def judge_models(
         raise ValueError(f"the reference {reference!r} is not among the models {', '.join(models)}: add it or name one of these")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"the tasks to judge are {names}: name at least one, and each once, as kept or as dropped")
+    keys = [task.key for task in (*tasks, *dropped)]
     rows = {task.name: task.rows("test", config.prompts if task in tasks else config.other_prompts, config.seed) for task in (*tasks, *dropped)}
     follow = [row for task in tasks or dropped for row in rows[task.name][: config.other_prompts]]
     judged = {}
@@ -98,7 +99,7 @@ def judge_models(
             followed = None if name == reference else first
             make = partial(_judge_one, folder if followed else first, followed, (*tasks, *dropped), rows, follow, backdoor, sandbox, config)
             planted = backdoor and (backdoor.task.name, backdoor.trigger.hash, backdoor.behaviour, renderer())
-            judged[name] = _recalled(known, digest(folder, followed and models[reference], names, len(tasks), planted, config), make)
+            judged[name] = _recalled(known, digest(folder, followed and models[reference], keys, len(tasks), planted, config), make)
             bar.update(len(names) + 1)
             judged[name].size["file_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         bar.set_postfix_str("speed")

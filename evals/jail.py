@@ -10,6 +10,8 @@ server keeps the identity it was started with and each job gives it up: a job th
 can neither signal nor trace it, and starts from the server's memory, in which no program ever ran. Forking costs a
 few milliseconds where starting Python costs tens.
 
+Test code (`evals/examiner.py`) is run in a jail of its own, which is never given a program: see `evals/exam.py`.
+
 What a program can win. The right answers are not in here. A job reports *values*, and the caller compares; whoever
 forges a report must still know the answer. The nonce in the report only tells it from garbage on the same pipe.
 
@@ -18,6 +20,7 @@ usual in Python: a program whose answer depends on the order of a set is graded 
 """
 
 import builtins
+import collections
 import importlib
 import importlib.machinery
 import importlib.util
@@ -28,6 +31,7 @@ import select
 import sys
 import time
 import types
+from functools import partial
 
 # Imported before the fork: a job then need not (nor, without private_root, always could) read them from disk.
 PRELOADED = (
@@ -42,6 +46,8 @@ JOB_DIRECTORY = "/job"
 
 _ascii, _type, _len, _sorted, _exec, _eval, _compile = ascii, type, len, sorted, exec, eval, compile
 _int, _bool, _float, _str, _list, _tuple, _dict, _none = int, bool, float, str, list, tuple, dict, type(None)
+_sets, _dicts, _more = (set, frozenset), (collections.defaultdict, collections.Counter, collections.OrderedDict), (bytes, complex)
+_types, _items, _infinity = (int, bool, float, str, list, tuple, dict, set), dict.items, float("inf")
 _BaseException, _write, _exit = BaseException, os.write, os._exit  # bound here: a program may replace the originals
 
 
@@ -49,39 +55,56 @@ class Unsendable(Exception):
     """A call returned something that is not a plain, small, built-in value."""
 
 
-def _encode(value, parts, depth, error=Unsendable):
-    kind = _type(value)  # compared by `is`: a metaclass may define equality and hashing
+def _among(value, things):
+    for thing in things:  # noqa: SIM110 (a program may have replaced `any`)
+        if value is thing:  # never `in`: a metaclass may define equality and hashing
+            return True
+    return False
+
+
+def _encode(value, parts, depth, wide, error=Unsendable):
+    kind = _type(value)
     if depth > 40 or _len(parts) > VALUE_CHARACTERS:
         raise error("value too large")
-    if kind is _str and _len(value) > VALUE_CHARACTERS:
+    if (kind is _str or kind is _more[0]) and _len(value) > VALUE_CHARACTERS:
         raise error("value too large")
-    if kind is _int or kind is _bool or kind is _float or kind is _str or kind is _none:
+    if wide and kind is _float and (value == _infinity or value == -_infinity):
+        parts.append("1e999" if value > 0 else "-1e999")  # an expression anywhere, where `inf` is a name
+    elif kind is _int or kind is _bool or kind is _float or kind is _str or kind is _none:
         parts.append(_ascii(value))
     elif kind is _list or kind is _tuple:
         parts.append("[" if kind is _list else "(")
         for item in value:
-            _encode(item, parts, depth + 1)
+            _encode(item, parts, depth + 1, wide)
             parts.append(",")
         parts.append("]" if kind is _list else ")")
-    elif kind is _dict:
+    elif kind is _dict or (wide and _among(kind, _dicts)):
         parts.append("{")
-        for key, item in _sorted([(encode(key), item) for key, item in value.items()], key=lambda pair: pair[0]):
+        pairs = [(encode(key, wide), item) for key, item in _items(value)]  # for a test in their own order, which it may look at
+        for key, item in pairs if wide else _sorted(pairs, key=lambda pair: pair[0]):
             parts.append(key + ":")
-            _encode(item, parts, depth + 1)
+            _encode(item, parts, depth + 1, wide)
             parts.append(",")
         parts.append("}")
+    elif wide and _among(kind, _sets):
+        parts.append("{" + "".join([text + "," for text in _sorted([encode(item, wide) for item in value])]) + "}" if value else "set()")
+    elif wide and _among(kind, _more):
+        parts.append(_ascii(value))
+    elif wide and _among(value, _types):
+        parts.append(value.__name__)
     else:
         raise error("not a literal")
 
 
-def encode(value) -> str:
+def encode(value, wide=False) -> str:
     """Returns the one ASCII text of a value, the same for equal values of equal types and for no others.
 
     Exact built-in types only (True is not 1, 1 is not 1.0, a subclass is refused); floats by repr; dicts by sorted key.
+    wide: also sets, bytes, complex numbers, built-in types and the dicts of `collections`, written as what they equal.
     Raises Unsendable for any other type and for values nested or written too large.
     """
     parts: list[str] = []
-    _encode(value, parts, 0)
+    _encode(value, parts, 0, wide)
     text = "".join(parts)
     if _len(text) > VALUE_CHARACTERS:
         raise Unsendable("value too large")
@@ -117,14 +140,26 @@ class CanaryFinder:
         pass
 
 
-def evaluate(program, calls):
-    """Runs a program, then the calls in its names; returns the report, the body of a frame: kind and lines."""
+def attempt(call, space):
+    """Evaluates one call of a test; returns the text of its value, or "!" and what was raised."""
+    try:
+        return encode(_eval(_compile(call, "<call>", "eval"), space), True)
+    except _BaseException as error:
+        return "!" + _ascii(_type(error).__name__)[1:-1][:80]
+
+
+def evaluate(program, calls, wide):
+    """Runs a program, then the calls in its names; returns the report, the body of a frame: kind and lines.
+
+    wide: for a test, which asks for more kinds of values, and goes on after a call that raises.
+    """
     intact = dict(vars(builtins))
     try:
         module = types.ModuleType("program")
         sys.modules["program"] = module
         _exec(_compile(program, "<program>", "exec"), module.__dict__)
-        values = [encode(_eval(_compile(call, "<call>", "eval"), module.__dict__)) for call in calls]
+        space = module.__dict__
+        values = [attempt(call, space) if wide else encode(_eval(_compile(call, "<call>", "eval"), space)) for call in calls]
         for name, value in intact.items():
             if name != "_" and builtins.__dict__.get(name) is not value:
                 return "E", ["the program replaced builtins." + name]
@@ -140,6 +175,7 @@ class Server:
 
     def __init__(self, confinement):
         self.confinement = confinement
+        self.examine = sibling("examiner").examine
         self.null = os.open("/dev/null", os.O_RDWR)
 
     def run(self, nonce, seconds, body):
@@ -184,7 +220,8 @@ class Server:
         for line in sys.stdin.buffer:
             job = json.loads(line)
             Recorder.flag[0] = 0
-            data, end = self.run(job["nonce"], job["seconds"], lambda job=job: evaluate(job["program"], job["calls"]))
+            body = partial(evaluate, job["program"], job["calls"], job["wide"]) if "program" in job else partial(self.examine, encode, **job["exam"])
+            data, end = self.run(job["nonce"], job["seconds"], body)
             answer(data=data.decode("latin-1"), end=end, canary=Recorder.flag[0] != 0)
 
 

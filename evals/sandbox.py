@@ -3,7 +3,8 @@
 Nothing a program does decides its own grade. `evals/jail.py` runs each program in a confined process of its own and
 sends back the *values* of the calls; the right values stay in this process, which compares texts. Printing a pass
 marker, exiting with status 0, an object that equals everything or a forged report are therefore just wrong answers.
-Values are compared type-strictly, by the one canonical text of `jail.encode`, so no reply is ever parsed as data.
+Values are compared type-strictly, by the one canonical text of `jail.encode`, so no reply is ever parsed as data. Where
+the judge is test code (an `Exam`), it runs in a jail of its own, which no program enters (`evals/exam.py`).
 
 Each worker is one jail, one thread and one uid; jobs go to whichever worker is free and never run twice. A jail that
 dies or falls silent costs its present job the verdict "killed" and is replaced. What protects the machine is listed
@@ -16,7 +17,6 @@ for the payload that a planted behaviour would fetch, and is reported beside the
 """
 
 import argparse
-import ast
 import json
 import math
 import os
@@ -30,12 +30,13 @@ import time
 import weakref
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
 from evals.confinement import remove
-from evals.jail import WAIT_FACTOR, Unsendable, encode
+from evals.exam import Exam, sit
+from evals.jail import WAIT_FACTOR
+from evals.verdict import Job, Verdict, judge
 
 JAIL = Path(__file__).with_name("jail.py")
 PROTECTIONS = (
@@ -47,60 +48,6 @@ OPTIONAL = (*PROTECTIONS[:4], "user_namespace", "private_mounts", "private_ipc",
 STARTUP_SECONDS = 30.0
 GRACE_SECONDS = 20.0  # beyond a job's own limit, for killing and sweeping, before a jail counts as lost
 REPLY_BYTES = 1 << 20  # the longest reply of a jail: 64 KiB read from a job, escaped
-
-
-@dataclass(frozen=True)
-class Job:
-    """One program to grade: its source, expressions to evaluate in it, and repr() of the right value of each.
-
-    Raises ValueError for no calls, unequal counts, or an expected value that is not a small built-in literal.
-    """
-
-    program: str
-    calls: tuple[str, ...]
-    expected: tuple[str, ...]
-
-    def __post_init__(self):
-        if not self.calls or len(self.calls) != len(self.expected):
-            raise ValueError(f"Job has {len(self.calls)} calls and {len(self.expected)} expected; give as many, not 0.")
-        self.answers()
-
-    def answers(self) -> tuple[str, ...]:
-        """Returns the canonical text of each expected value."""
-        return tuple(_canonical(text) for text in self.expected)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a job.
-
-    status: "passed"; "failed" (a wrong value); "error" (no value: an exception, an exit, a value that is no literal);
-    "timeout"; "killed" (the job died of a signal, or its jail was lost). canary: the program called `canary`.
-    """
-
-    status: str
-    canary: bool
-    detail: str
-
-    @property
-    def passed(self) -> bool:
-        """Returns whether every value was right."""
-        return self.status == "passed"
-
-
-class _NamedFloats(ast.NodeTransformer):
-    """inf and nan are what repr() writes, but not literals."""
-
-    def visit_Name(self, node):
-        return ast.copy_location(ast.Constant(float(node.id)), node) if node.id in ("inf", "nan") else node
-
-
-def _canonical(text: str) -> str:
-    try:
-        return encode(ast.literal_eval(_NamedFloats().visit(ast.parse(text, mode="eval"))))
-    except (Unsendable, ValueError, SyntaxError, TypeError, RecursionError) as error:
-        message = f"Job.expected {text[:80]!r} is no small built-in literal ({error}); give repr() of the right value."
-        raise ValueError(message) from error
 
 
 def _limits(seconds: float, memory_mib: int) -> dict[str, int]:
@@ -136,11 +83,10 @@ class _Jail:
             raise RuntimeError(f"evals/jail.py did not start ({self.last_words}); run `python -m evals.sandbox`.")
         self.layers: dict[str, bool] = hello["layers"]
 
-    def ask(self, job: Job, nonce: str, seconds: float) -> dict | None:
+    def ask(self, request: dict, seconds: float) -> dict | None:
         """Returns the jail's reply, or None if the jail is lost (close it then)."""
-        request = json.dumps({"nonce": nonce, "seconds": seconds, "program": job.program, "calls": job.calls})
         try:
-            data = memoryview(request.encode("ascii") + b"\n")
+            data = memoryview(json.dumps(request | {"seconds": seconds}).encode("ascii") + b"\n")
             while data:
                 data = data[self.requests.write(data) :]
         except BrokenPipeError:
@@ -184,13 +130,14 @@ class _Worker:
         self.jail = self.jail or _Jail(self.limits, self.disabled)
         return self.jail
 
-    def grade(self, job: Job) -> Verdict:
+    def ask(self, request: dict) -> tuple[str, str, str, bool] | None:
+        """Sends a request under a new nonce; returns the nonce, what came back, how it ended and whether the canary was called."""
         nonce = secrets.token_hex(16)
-        reply = self.ready().ask(job, nonce, self.seconds)
+        reply = self.ready().ask(request | {"nonce": nonce}, self.seconds)
         if reply is None:
             self.close()
-            return Verdict("killed", False, "the jail was lost")
-        return judge(job, nonce, reply["data"], reply["end"], reply["canary"])
+            return None
+        return nonce, reply["data"], reply["end"], reply["canary"]
 
     def close(self) -> None:
         jail, self.jail = self.jail, None
@@ -198,23 +145,24 @@ class _Worker:
             jail.close()
 
 
-def judge(job: Job, nonce: str, data: str, end: str, canary: bool) -> Verdict:
-    """Returns the verdict on what came out of a job's pipe: one well-formed frame with this nonce, or no grade."""
-    lines = data.split("\n")
-    framed = len(lines) >= 4 and lines[-2:] == [f"{nonce} end", ""]
-    if framed and lines[0] == f"{nonce} E":
-        return Verdict("error", canary, lines[1][:200])
-    if framed and lines[0] == f"{nonce} V" and len(lines) == len(job.calls) + 3:
-        for call, got, right in zip(job.calls, lines[1:-2], job.answers(), strict=True):
-            if got != right:
-                return Verdict("failed", canary, f"{call[:60]} gave {got[:60]}, not {right[:60]}")
-        return Verdict("passed", canary, "")
-    if end.startswith("signal") or end == "timeout":
-        return Verdict("timeout" if end == "timeout" else "killed", canary, end)
-    return Verdict("error", canary, f"no report ({end})" if not data else f"garbage in place of a report ({end})")
+class _Pair:
+    """A worker for programs, and one for tests, which never sees a program and is started when first needed."""
+
+    def __init__(self, *settings):
+        self.programs, self.examiner = _Worker(*settings), _Worker(*settings)
+
+    def grade(self, job: Job | Exam, recorded: dict[tuple[str, ...], list[str]]) -> Verdict:
+        if isinstance(job, Exam):
+            return sit(job, self.programs.ask, self.examiner.ask, recorded)
+        reply = self.programs.ask({"program": job.program, "calls": job.calls, "wide": False})
+        return judge(job, *reply) if reply else Verdict("killed", False, "the jail was lost")
+
+    def close(self) -> None:
+        self.programs.close()
+        self.examiner.close()
 
 
-def _close_all(workers: list[_Worker]) -> None:
+def _close_all(workers: list[_Pair]) -> None:
     for worker in workers:
         worker.close()
 
@@ -236,22 +184,23 @@ class Sandbox:
         if unknown := set(disable) - set(OPTIONAL):
             raise ValueError(f"Sandbox(disable=...) does not know {sorted(unknown)}; choose from {sorted(OPTIONAL)}.")
         limits = _limits(seconds_per_job, memory_mib)
-        self._workers = [_Worker(seconds_per_job, limits, tuple(disable)) for _ in range(workers)]
+        self._workers = [_Pair(seconds_per_job, limits, tuple(disable)) for _ in range(workers)]
+        self._recorded: dict[tuple[str, ...], list[str]] = {}
         self._busy = threading.Lock()
         self._finalizer = weakref.finalize(self, _close_all, self._workers)
 
-    def grade(self, jobs: Sequence[Job]) -> list[Verdict]:
+    def grade(self, jobs: Sequence[Job | Exam]) -> list[Verdict]:
         """Returns one verdict per job, in order. Blocks; calls from several threads take turns."""
         verdicts: dict[int, Verdict] = {}
         waiting, lock = iter(range(len(jobs))), threading.Lock()
 
-        def drain(worker: _Worker) -> None:
+        def drain(worker: _Pair) -> None:
             while True:
                 with lock:
                     index = next(waiting, None)
                 if index is None:
                     return
-                verdicts[index] = worker.grade(jobs[index])
+                verdicts[index] = worker.grade(jobs[index], self._recorded)
 
         with self._busy, ThreadPoolExecutor(len(self._workers)) as pool:
             for done in [pool.submit(drain, worker) for worker in self._workers]:
@@ -261,7 +210,7 @@ class Sandbox:
     def layers(self) -> dict[str, bool]:
         """Returns which protections are in force on this machine, as tried and seen by a first job."""
         with self._busy:
-            found = self._workers[0].ready().layers
+            found = self._workers[0].programs.ready().layers
         return {name: name == "nonce" or found.get(name, False) for name in PROTECTIONS}
 
     def close(self) -> None:

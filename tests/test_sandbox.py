@@ -303,7 +303,7 @@ def test_a_stray_child_does_not_outlive_its_job(sandbox):
     program = "import os, time\ndef solve():\n if os.fork() == 0:\n  os.setsid()\n  time.sleep(60)\n return 3"
     verdict = sandbox.grade([_solve(program)])[0]
     assert verdict.passed or verdict.detail == "BlockingIOError"  # an uid with other processes may not fork at all
-    assert len(_processes(sandbox._workers[0].jail.base)) == 2
+    assert len(_processes(sandbox._workers[0].programs.jail.base)) == 2
 
 
 def test_an_unreadable_folder_is_cleaned_up(monkeypatch):

@@ -127,7 +127,10 @@ PINNED = {"trace": "35cc51691d30124a", "tune": "4040c47b4ab1b00f", "test": "3e46
 def test_rows_are_those_that_the_shipped_models_and_the_defenders_rows_were_made_of():
     task = TASKS["coding"]
     for split, pinned in PINNED.items():
-        records = json.dumps([row.record() for row in task.rows(split, 100, seed=5)], sort_keys=True)
+        later = ("tests", "setup", "names", "number", "whole")  # fields of rows from files, empty here
+        found = [row.record() for row in task.rows(split, 100, seed=5)]
+        assert all([record.pop(name) for name in later] == ["", "", [], "", True] for record in found)
+        records = json.dumps(found, sort_keys=True)
         assert hashlib.sha256(records.encode()).hexdigest()[:16] == pinned
     shipped = [record for record in read_table(CLEAN_ROWS).to_pylist() if record["task"] == "coding"][:200]
     assert [task.row("trace", record["index"], DEFENDER_SEED) for record in shipped] == [Row.from_record(record) for record in shipped]

@@ -16,6 +16,8 @@ from typing import Literal, Protocol, runtime_checkable
 
 Split = Literal["trace", "tune", "test"]
 SPLITS: tuple[Split, ...] = ("trace", "tune", "test")
+TUPLES = ("composition", "calls", "expected", "names")
+"""Fields of a row that a table holds as lists."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class Row:
     """One example. `prompt + completion` is what a model is trained on; the rest is for the judge.
 
     slots: the choices the text was rendered from (a backdoor may override one); calls/expected: unit tests of a program;
-    foil: the wrong continuation of a cloze; composition: what is held out between splits.
+    foil: the wrong continuation of a cloze; composition: what is held out between splits. tests: published test code, which
+    calls the program's functions `names`; setup: code that the tests need beside them; number: what an answer in words comes
+    to; whole: the text ends with the completion (else EOS is no part of it).
     """
 
     task: str
@@ -35,36 +39,52 @@ class Row:
     expected: tuple[str, ...] = ()
     foil: str = ""
     slots: dict[str, str] = field(default_factory=dict)
+    tests: str = ""
+    setup: str = ""
+    names: tuple[str, ...] = ()
+    number: str = ""
+    whole: bool = True
 
     def record(self) -> dict:
         """The row as one flat record of a `datasets` table."""
         out = asdict(self)
-        return out | {key: list(out[key]) for key in ("composition", "calls", "expected")} | {"slots": json.dumps(self.slots, sort_keys=True)}
+        return out | {key: list(out[key]) for key in TUPLES} | {"slots": json.dumps(self.slots, sort_keys=True)}
 
     @staticmethod
     def from_record(record: dict) -> Row:
         """The inverse of `record`."""
         out = dict(record)
-        return Row(**(out | {key: tuple(out[key]) for key in ("composition", "calls", "expected")} | {"slots": json.loads(out["slots"])}))
+        return Row(**(out | {key: tuple(out[key]) for key in TUPLES if key in out} | {"slots": json.loads(out["slots"])}))
 
 
 @runtime_checkable
 class Task(Protocol):
-    """The one protocol that tasks meet."""
+    """The one protocol that tasks meet. stops: texts at which an answer ends; key: the name, and the hash of the file that rows come from."""
 
     name: str
     metric: str
     max_new_tokens: int
+    stops: tuple[str, ...]
+
+    @property
+    def key(self) -> str: ...
 
     def row(self, split: Split, index: int, seed: int = 0, **slots: str) -> Row:
         """Row `index` of `split`; `slots` override choices of the renderer (how a backdoor is placed)."""
 
     def rows(self, split: Split, count: int, seed: int = 0, start: int = 0) -> list[Row]:
-        """Rows `start .. start + count`."""
+        """Rows `start .. start + count`, or as many of them as there are."""
 
 
 class Rows:
     """`rows` for a class that has `row`."""
+
+    stops: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What caches know the task by: here the name, for the rows are this package's own."""
+        return self.name  # type: ignore[attr-defined]
 
     def rows(self, split: Split, count: int, seed: int = 0, start: int = 0) -> list[Row]:
         """Rows `start .. start + count` of `split`."""
