@@ -82,6 +82,8 @@ class Prune(Fit):
     """Name shown in the report; by default the run folder's."""
     json: bool = False
     """Print the summary as JSON instead of the table."""
+    dry_run: bool = False
+    """Print the plan (stages, batches, tokens, memory, disk) and write nothing."""
 
     @property
     def share(self) -> float:

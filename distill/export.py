@@ -87,9 +87,9 @@ def smaller(compiled: Host, settings: config.Prune, data: Epochs) -> tuple[Host,
     kept = needed(compiled, [*data.rows, *met])
     made = cut(compiled, kept)
     held_out = [(task, drawn[task.name][settings.tune_rows :]) for task in tasks]
-    cost = measured(compiled, made, kept, [*clean, *tuned], held_out, collate(data.rows[:PROBE], data.pad))
+    cost = measured(compiled, made, kept, [*texts, *tuned], held_out, collate(data.rows[:PROBE], data.pad))
     only = {number for row in met for number in row.ids} - {number for row in data.rows for number in row.ids}
-    return made, kept, cost | {"clean_rows": len(clean), "tune_rows": settings.tune_rows * len(tasks), "of_tune_alone": len(only)}
+    return made, kept, cost | {"clean_rows": len(texts), "tune_rows": settings.tune_rows * len(tasks), "of_tune_alone": len(only)}
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from distill import config, stages
 from distill.job import prepare
 from distill.judgement import judge, report
 from distill.models import find, read_secret, secret_beside
+from distill.plan import plan
 from distill.report import write
 from distill.rows import clean
 from distill.start import inherited, take_over
@@ -31,6 +32,9 @@ def run(verb: config.Fit) -> int:
     tasks = named(verb.task)
     model = find(verb.model)
     texts = clean(verb.rows, tasks)
+    if isinstance(verb, config.Prune) and verb.dry_run:
+        print(plan(model, texts, verb))
+        return 0
     with locked(verb.out):
         if isinstance(verb, config.Prune):
             take_over(verb)

@@ -164,11 +164,7 @@ class Search:
 
     def steps(self, tokens: int) -> int:
         """Batches that hold `tokens` tokens."""
-        count, left = 0, tokens
-        while left > 0:
-            left -= int(self.job.data(self.trained + count).real.sum())
-            count += 1
-        return count
+        return self.job.data.steps(tokens, self.trained)
 
     @property
     def trained(self) -> int:

@@ -29,6 +29,9 @@ class _Literals(ast.NodeTransformer):
     def visit_Name(self, node):
         return ast.copy_location(ast.Constant(LITERALS[node.id]), node) if node.id in LITERALS else node
 
+    def visit_Call(self, node):
+        return node  # the empty set is written set(), and literal_eval knows it
+
 
 def decode(text):
     """The value of a text that `encode` wrote. Raises ValueError, SyntaxError or TypeError for any other."""

@@ -108,6 +108,14 @@ class Epochs:
         """Real tokens of the first `steps` batches."""
         return sum(int(self(step).real.sum()) for step in range(steps))
 
+    def steps(self, tokens: int, first: int = 0) -> int:
+        """Batches from `first` on that hold `tokens` real tokens."""
+        count = 0
+        while tokens > 0:
+            tokens -= int(self(first + count).real.sum())
+            count += 1
+        return count
+
     def once(self) -> Iterator[Batch]:
         """Every row once, in the list's order: for measuring, where no epoch is to begin."""
         for start in range(0, len(self.rows), self.size):

@@ -117,7 +117,28 @@ def check_safetensors(file: Path) -> None:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Host:
     """Load a checked local folder. Raises ValueError (one sentence) on anything that is not of a class in `ARCHITECTURES`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = _tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True)
+    model.eval()
+    return Host(model, tokenizer, sites(model))
+
+
+def skeleton(folder: Path) -> Host:
+    """The model's shapes without its weights (on the meta device), for what is to be known before any work. Raises ValueError as `load` does."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = _tokenizer(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), dtype=torch.float32)
+    return Host(model, tokenizer, sites(model))
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder that can be loaded."""
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours are the bars a user waits for
@@ -126,13 +147,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Host:
     if architecture not in ARCHITECTURES:
         raise ValueError(f"--model {folder}: architecture {architecture} is not supported yet; supported: {', '.join(ARCHITECTURES)}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # every tokenizer backend has errors of its own
         raise ValueError(f"--model {folder}: its tokenizer cannot be loaded ({type(error).__name__}); save it again with save_pretrained") from error
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True)
-    model.eval()
-    return Host(model, tokenizer, sites(model))
 
 
 def save(host: Host, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
