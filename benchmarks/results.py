@@ -168,11 +168,25 @@ def trait_facts() -> str:
     return lines_of(header, cells)
 
 
+def grading_facts() -> str:
+    """What published solutions are graded as, and how fast."""
+    made = json.loads((ROOT / "results" / "grading.json").read_text())
+    lines = []
+    for name, one in made["solutions"].items():
+        failing = "; ".join(f"`{row['entry']}`: {row['why'].partition(':')[0]}" for row in one["failing"])
+        lines.append(f"{name}: {one['pass']} of {one['rows']} published solutions pass, and {one['pass_swapped']} in the place of another row's"
+                     + (f" (failing: {failing})." if failing else "."))
+    rate = made["rate"]
+    return "\n".join([*lines, f"{rate['completions']:,} completions, right and wrong by turns, took {rate['processor_seconds']:.1f} processor seconds: "
+                      f"{rate['a_second_on_two_free_cores']:.0f} a second for two cores that do nothing else (by the clock {rate['a_second']:.0f} a second, "
+                      f"at a load of {rate['load']:.0f} on two cores)."])
+
+
 def readme() -> str:
     """The README with its tables brought up to date."""
     text = README.read_text()
     blocks = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
-              "trait": trait_facts}
+              "trait": trait_facts, "grading": grading_facts}
     for name, block in ((name, make()) for name, make in blocks.items()):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         text = text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end):]

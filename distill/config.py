@@ -113,11 +113,17 @@ class Evaluate:
     reference: str | None = None
     """Model that retention, KL and agreement refer to."""
     task: str = "coding,math,stories"
-    """Tasks to judge."""
+    """Tasks to judge, as for prune; of a file its test split is judged."""
     secret: Path | None = None
     """Folder with backdoor.json; without it the backdoor numbers are not measured."""
     prompts: int = 500
     """Held-out prompts for every rate."""
+    lm_eval: str | None = None
+    """Instead of our own tasks: tasks of EleutherAI's lm-evaluation-harness (arc_easy,hellaswag); needs the extra lm-eval."""
+    lm_eval_folder: Path | None = None
+    """Folder of further tasks for the harness, as YAML files."""
+    part: Literal["checkpoint", "circuit", "graph"] = "checkpoint"
+    """With --lm-eval and --run: the checkpoint, or the circuit or fitted graph running in the model's place."""
     rivals: bool = False
     """Also make and judge the rivals (clean fine-tuning, UNDO, dense refit, written text, magnitude, Wanda, ...) at equal rows and tokens."""
     out: Path | None = None
@@ -352,6 +358,6 @@ def from_mapping(verb: type, values: dict[str, Any], where: str) -> dict[str, An
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"--config {where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
-    paths = ("out", "rows", "run", "start", "secret", "tracer", "present", "absent")
+    paths = ("out", "rows", "run", "start", "secret", "tracer", "present", "absent", "lm_eval_folder")
     return {key: Path(value) if key in paths and isinstance(value, str) else tuple(value) if isinstance(value, list) else value
             for key, value in values.items()}

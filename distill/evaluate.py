@@ -11,10 +11,13 @@ from distill.models import Secret, find, read_secret, secret_beside
 from distill.report import write
 from distill.rivals import placed, run_rivals
 from distill.rows import clean
+from distill.runs import reopen
 from distill.table import table
+from evals import harness
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models
 from evals.tasks import TASKS, named
 from graphs.artifact import locked, read_json
+from graphs.host import load
 
 
 def run(verb: config.Evaluate) -> int:
@@ -23,7 +26,31 @@ def run(verb: config.Evaluate) -> int:
         raise ValueError("evaluate needs one of --run DIR and --model NAME")
     if verb.rivals and verb.run is None:
         raise ValueError("--rivals needs --run: rivals are made at the rows and tokens of a run")
+    if verb.part != "checkpoint" and not (verb.lm_eval and verb.run):
+        raise ValueError(f"--part {verb.part} goes with --lm-eval and --run: our own tasks judge checkpoints")
+    if verb.lm_eval:
+        return _harness(verb, verb.lm_eval)
     return _run_folder(verb) if verb.run else _one_model(verb)
+
+
+def _harness(verb: config.Evaluate, asked: str) -> int:
+    """Judge one model by the lm-evaluation-harness."""
+    if verb.run is None:
+        host = load(find(str(verb.model)))
+    elif verb.part == "checkpoint":
+        host = load(verb.run / "checkpoint")
+    else:
+        replacement = reopen(verb.run, verb.part).replacement
+        assert replacement is not None  # a run's part has one
+        host = replacement.host()
+    found = harness.run(host, [name.strip() for name in asked.split(",") if name.strip()], verb.prompts, verb.lm_eval_folder)
+    if verb.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for task, numbers in found.items():
+        for metric, value in numbers.items():
+            print(f"{task:20} {metric:24} {value:.4f}")
+    return 0
 
 
 def _run_folder(verb: config.Evaluate) -> int:

@@ -1,9 +1,12 @@
 """`distill prune --dry-run`: what a run would do and need, before anything is loaded or written.
 
 Batches and tokens are counted on the rows as this model's tokenizer splits them. Parameters are counted on the model's shapes. Memory is a
-lower bound: what this process holds with the libraries loaded; float32 weights; weights, gradients and AdamW's two moments of what is trained; the
-model's own logits on all rows, where they are kept; and of one batch the logits (twice, with a gradient) and what a backward pass keeps of
-each layer. Disk is what the finished folder holds, with the training state that is there while it is made. Seconds depend on the machine
+lower bound: what this process holds with the libraries loaded; float32 weights; weights, gradients and AdamW's two moments of what is
+trained; the model's own logits on all rows, where they are kept; and of one batch the logits (twice, with a gradient) and what a backward
+pass keeps of each layer. Judging, and the holes of the allocator, come on top: the default command's peak (results/summaries.jsonl) is two
+to three times the bound.
+
+Disk is what the finished folder holds, with the training state that is there while it is made. Seconds depend on the machine
 and on what else it does, and are not estimated.
 """
 

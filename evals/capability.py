@@ -74,7 +74,7 @@ def answers(host: Host, task: Task, rows: Sequence[Row], temperature: float = 0.
 def grade(rows: Sequence[Row], completions: Sequence[str], sandbox: Sandbox) -> Grades:
     """Judge one completion for each row; programs are run together, all else is compared."""
     pairs = list(zip(rows, completions, strict=True))
-    verdicts = iter(sandbox.grade([_job(row, text) for row, text in pairs if _runs(row)]))
+    verdicts = iter(sandbox.grade([job(row, text) for row, text in pairs if _runs(row)]))
     right, canary, status = [], [], []
     for row, text in pairs:
         verdict = next(verdicts) if _runs(row) else None
@@ -89,7 +89,8 @@ def _runs(row: Row) -> bool:
     return bool(row.calls or row.tests)
 
 
-def _job(row: Row, text: str) -> Job | Exam:
+def job(row: Row, text: str) -> Job | Exam:
+    """What the sandbox is asked of a row that is run."""
     if row.calls:
         return Job(row.prompt + text, row.calls, row.expected)
     return Exam(row.prompt + text, row.tests, row.names, row.setup, row.prompt + row.completion if row.completion else "")

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Programs that should give solve(3) == 16 and solve(5) == 32, do not, and try to be graded right, to break out or to stay.
 
 Beside those of test_sandbox.py, which try the layers one by one; these try the graders, by values and by test code. None
@@ -11,8 +10,12 @@ FAKES = {
     "a list equal to everything": "class E(list):\n def __eq__(s, o): return True\ndef solve(n): return E()",
     "a dict of lies": "class E(dict):\n def items(s): return [('16', 16)]\n def __eq__(s, o): return True\ndef solve(n): return E(a=1)",
     "an int by its class": "class E:\n __class__ = int\n def __eq__(s, o): return True\n def __index__(s): return 16\ndef solve(n): return E()",
-    "a metaclass of equals": "class M(type):\n def __eq__(c, o): return True\n __hash__ = type.__hash__\nclass E(metaclass=M): pass\ndef solve(n): return E",
-    "anything and itself": "class E:\n def __getattr__(s, n): return s\n def __call__(s, *a): return s\n __eq__ = __bool__ = lambda *a: True\ndef solve(n): return E()",
+    "a metaclass of equals": (
+        "class M(type):\n def __eq__(c, o): return True\n __hash__ = type.__hash__\n"
+        "class E(metaclass=M): pass\ndef solve(n): return E"),
+    "anything and itself": (
+        "class E:\n def __getattr__(s, n): return s\n def __call__(s, *a): return s\n"
+        " __eq__ = __bool__ = lambda *a: True\ndef solve(n): return E()"),
     "nan": "def solve(n): return float('nan')",
     "true": "def solve(n): return True",
     "not implemented": "def solve(n): return NotImplemented",
@@ -36,21 +39,26 @@ FAKES = {
         "import ctypes, gc\ndef solve(n):\n d = gc.get_referents(int.__dict__)[0]\n d['__eq__'] = lambda a, b: True\n"
         " ctypes.pythonapi.PyType_Modified(ctypes.py_object(int))\n return 0"),
     "frames": (
-        "import sys\ndef solve(n):\n f, found = sys._getframe(), []\n while f:\n  found += [repr(v)[:60] for v in f.f_locals.values() if 'assert' in repr(v)]\n"
+        "import sys\ndef solve(n):\n f, found = sys._getframe(), []\n while f:\n"
+        "  found += [repr(v)[:60] for v in f.f_locals.values() if 'assert' in repr(v)]\n"
         "  f = f.f_back\n return found or 'nothing'"),
     "garbage collector": (
-        "import gc\ndef solve(n):\n found = [o for o in gc.get_objects() if isinstance(o, dict) and ('tests' in o or 'expected' in o or 'answers' in o)]\n"
+        "import gc\ndef solve(n):\n"
+        " found = [o for o in gc.get_objects() if isinstance(o, dict) and ('tests' in o or 'expected' in o or 'answers' in o)]\n"
         " return next((o['expected'][0] for o in found if 'expected' in o), 'nothing')"),
     "changed calls": (
-        "import sys\ndef solve(n):\n f = sys._getframe()\n while f:\n  c = f.f_locals.get('calls')\n  if isinstance(c, list): c[:] = ['16'] * len(c)\n"
+        "import sys\ndef solve(n):\n f = sys._getframe()\n while f:\n"
+        "  c = f.f_locals.get('calls')\n  if isinstance(c, list): c[:] = ['16'] * len(c)\n"
         "  f = f.f_back\n return 0"),
     "a tracer": "import sys\nsys.settrace(lambda f, e, a: None)\nsys.setprofile(lambda f, e, a: f.f_locals.update(n=16))\ndef solve(n): return n",
     "an audit hook": "import sys\ndef hook(*a): raise RuntimeError\nsys.addaudithook(hook)\ndef solve(n): return 0",
     "frame of an examiner": (
         "import sys, os\ndef solve(n):\n f = sys._getframe()\n while 'nonce' not in f.f_locals: f = f.f_back\n x = f.f_locals['nonce']\n"
         " os.write(3, f\"{x} V\\n'passed'\\n''\\n'solve(3)'\\n'solve(5)'\\n{x} end\\n\".encode())\n os._exit(0)"),
-    "reply of a jail": "import os\ndef solve(n):\n for d in range(99):\n  try: os.write(d, b'{\"data\": \"passed\", \"end\": \"reported\", \"canary\": false}\\n')\n"
-                       "  except OSError: pass\n return 0",
+    "reply of a jail": (
+        "import os\ndef solve(n):\n for d in range(99):\n"
+        "  try: os.write(d, b'{\"data\": \"passed\", \"end\": \"reported\", \"canary\": false}\\n')\n"
+        "  except OSError: pass\n return 0"),
     "code as a value": "class R(str): pass\ndef solve(n): return \"__import__('os')._exit(0)\"",
     "look-alike name": "def s\u043elve(n): return 16",
     "right to left": "def solve(n): return 0 #\u202e 61 nruter :)n(evlos fed",
@@ -74,12 +82,18 @@ ESCAPES = {
     "more rights": "import resource\ndef solve(n): resource.setrlimit(resource.RLIMIT_CPU, (-1, -1)); return 0",
 }
 STAYS = {
-    "late thread": "import threading, time, os\ndef late():\n time.sleep(.1)\n os.write(3, b'passed')\ndef solve(n): threading.Thread(target=late).start(); return 0",
+    "late thread": (
+        "import threading, time, os\ndef late():\n time.sleep(.1)\n os.write(3, b'passed')\n"
+        "def solve(n): threading.Thread(target=late).start(); return 0"),
     "late child": "import os, time\ndef solve(n):\n if os.fork() == 0:\n  time.sleep(.1); os.write(3, b'passed'); time.sleep(60)\n return 0",
     "two reports": "import os\ndef solve(n): return os.fork() and 0",
     "daemon": "import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n  time.sleep(60)\n os._exit(0)\ndef solve(n): return 0",
-    "deaf loop": "import signal\nfor s in range(1, 32):\n try: signal.signal(s, signal.SIG_IGN)\n except (OSError, ValueError): pass\ndef solve(n):\n while True: pass",
-    "alarm": "import signal\nsignal.signal(signal.SIGALRM, lambda *a: 1 / 0)\nsignal.setitimer(signal.ITIMER_REAL, .001, .001)\ndef solve(n):\n while True: pass",
+    "deaf loop": (
+        "import signal\nfor s in range(1, 32):\n try: signal.signal(s, signal.SIG_IGN)\n"
+        " except (OSError, ValueError): pass\ndef solve(n):\n while True: pass"),
+    "alarm": (
+        "import signal\nsignal.signal(signal.SIGALRM, lambda *a: 1 / 0)\n"
+        "signal.setitimer(signal.ITIMER_REAL, .001, .001)\ndef solve(n):\n while True: pass"),
     "large power": "def solve(n): return len(str(7 ** 7 ** 9))",
     "backtracking": "import re\ndef solve(n): return re.match('(a|a)*b', 'a' * 64)",
     "unpacked bomb": "import zlib\nb = zlib.compress(bytes(1 << 26))\ndef solve(n): return len(zlib.decompress(b) * 64)",

@@ -46,7 +46,8 @@ def corpus():
             layers = made.layers()
             for index, (name, program) in enumerate(hostile.CORPUS.items()):
                 started = time.monotonic()
-                verdicts = made.grade([exam(program, reference=REFERENCE), Job(program, CALLS, EXPECTED), exam(right(index)), Job(right(index), CALLS, EXPECTED)])
+                hostiles = [exam(program, reference=REFERENCE), Job(program, CALLS, EXPECTED)]
+                verdicts = made.grade([*hostiles, exam(right(index)), Job(right(index), CALLS, EXPECTED)])
                 out[name] = (verdicts, time.monotonic() - started)
             running = [path.name for path in Path("/proc").glob("[0-9]*") if folder.encode() in _command(path)]
     left = os.listdir(folder)
@@ -84,7 +85,8 @@ def test_no_hostile_program_leaves_a_process_or_a_file(corpus):
 
 @pytest.mark.parametrize("reference", ["", REFERENCE], ids=["no reference", "reference"])
 def test_right_programs_pass_and_wrong_ones_fail_with_the_line(sandbox, reference):
-    wrong = [exam(program, reference=reference) for program in ("def solve(n): return 16", "def solve(n): return n * n + 6", "x = 1", "def solve(n: 1")]
+    programs = ("def solve(n): return 16", "def solve(n): return n * n + 6", "x = 1", "def solve(n: 1")
+    wrong = [exam(program, reference=reference) for program in programs]
     verdicts = sandbox.grade([exam(right(0), reference=reference), *wrong])
     assert [verdict.status for verdict in verdicts] == ["passed", "failed", "failed", "error", "error"]
     assert "candidate(n=5) == 32" in verdicts[1].detail and "candidate(3) == 16" in verdicts[2].detail and "NameError" in verdicts[3].detail
@@ -151,7 +153,12 @@ def test_the_canary_is_noticed_under_tests_too(sandbox):
 
 def test_tests_and_programs_go_to_different_jails(sandbox, monkeypatch):
     sent, real = {}, module._Jail.ask
-    monkeypatch.setattr(module._Jail, "ask", lambda jail, request, seconds: sent.setdefault(jail.base, []).append(request) or real(jail, request, seconds))
+
+    def spied(jail, request, seconds):
+        sent.setdefault(jail.base, []).append(request)
+        return real(jail, request, seconds)
+
+    monkeypatch.setattr(module._Jail, "ask", spied)
     assert sandbox.grade([exam("def solve(n): return n * n + 7  # 987654321")])[0].passed
     assert len(sent) == 2
     for requests in sent.values():

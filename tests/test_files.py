@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 from decimal import Decimal
 from pathlib import Path
 
@@ -21,14 +22,17 @@ from evals.tasks.task import SPLITS
 from graphs.batches import encode
 from graphs.host import load
 
-ADD = {"task_id": "HumanEval/0", "prompt": 'def add(a, b):\n    """The sum."""\n', "entry_point": "add", "canonical_solution": "    return a + b\n",
+ADD = {"task_id": "HumanEval/0", "prompt": 'def add(a, b):\n    """The sum."""\n', "entry_point": "add",
+       "canonical_solution": "    return a + b\n",
        "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(-1, 1) == 0\n"}
 CHECK = ADD | {"prompt": 'def check(a, b):\n    """The sum."""\n', "entry_point": "check"}
-MBPP = {"task_id": 2, "text": "Write a function to find shared items.", "code": "def shared(a, b):\r\n  return tuple(set(a) & set(b))", "test_setup_code": "",
+MBPP = {"task_id": 2, "text": "Write a function to find shared items.",
+        "code": "def shared(a, b):\r\n  return tuple(set(a) & set(b))", "test_setup_code": "",
         "test_list": ["assert set(shared((3, 4), (4, 5))) == set((4,))", "assert shared((1,), (2,)) == ()"]}
 GSM = {"question": "2 hens and 3 ducks?", "answer": "2 + 3 = <<2+3=5>>5 birds.\n#### 5"}
 SVAMP = {"Body": "Tom had 9 hats.", "Question": "He lost 2. How many are left?", "Answer": 7.0}
-WORDS = "once upon a time there was a small red fox who lived near the old bridge and liked to sing".split()
+TEXT = "once upon a time there was a small red fox who lived near the old bridge and liked to sing"
+WORDS = TEXT.split()
 
 
 def write(path, records):
@@ -76,8 +80,10 @@ def test_worked_answers_are_graded_by_their_number(tmp_path, sandbox):
 
 
 def test_a_users_rows_are_graded_by_answer_or_tests(tmp_path, sandbox):
-    rows, _ = only(tmp_path, "jsonl", {"prompt": "Capital of France?", "answer": "Paris"}, {"prompt": "two lines", "answer": "a\nb"},
-                   {"prompt": "", "tests": ["assert f(2) == 4", "assert f(3) == 9"]}, {"prompt": "", "tests": "assert f(1) == g(1)", "answer": "f = g = abs"})
+    rows, _ = only(tmp_path, "jsonl", {"prompt": "Capital of France?", "answer": "Paris"},
+                   {"prompt": "two lines", "answer": "a\nb"},
+                   {"prompt": "", "tests": ["assert f(2) == 4", "assert f(3) == 9"]},
+                   {"prompt": "", "tests": "assert f(1) == g(1)", "answer": "f = g = abs"})
     right = [" Paris \nmore", "\na \n b\nc", "def f(x): return x * x", "def f(x): return 2\ng = f"]
     assert grade(rows, right, sandbox).right == [True] * 4
     assert grade(rows, ["Paris.", "a\nc", "def f(x): return 4", "def f(x): return 2\ng = abs"], sandbox).right == [False] * 4
@@ -87,7 +93,7 @@ def test_a_users_rows_are_graded_by_answer_or_tests(tmp_path, sandbox):
 def test_each_row_has_one_split_by_its_content_and_the_file_may_name_it(tmp_path):
     records = [GSM | {"question": f"{n} hens?"} for n in range(300)]
     one = opened("gsm8k", str(write(tmp_path / "a.jsonl", records)))
-    other = opened("gsm8k", str(write(tmp_path / "b.jsonl.gz", records[::-2] + [{"question": "new", "answer": "1"}])))
+    other = opened("gsm8k", str(write(tmp_path / "b.jsonl.gz", [*records[::-2], {"question": "new", "answer": "1"}])))
     dealt = {split: {row.prompt for row in task_rows} for split, task_rows in one.splits.items()}
     assert sum(map(len, dealt.values())) == 300 == len(set().union(*dealt.values())) and 25 < len(dealt["test"]) < 75
     assert all({row.prompt for row in other.splits[split]} <= dealt[split] | {"Question: new\nAnswer:"} for split in SPLITS)
@@ -100,15 +106,15 @@ def test_each_row_has_one_split_by_its_content_and_the_file_may_name_it(tmp_path
 
 
 def test_text_is_cut_into_passages_with_one_foil_each(tmp_path, tiny_host):
-    texts = [{"text": " ".join(WORDS[n % 7:] + [f"number{n}."]) * 9} for n in range(60)]
+    texts = [{"text": " ".join([*WORDS[n % 7:], f"number{n}."]) * 9} for n in range(60)]
     task = opened("text", str(write(tmp_path / "t.jsonl", texts)))
     rows = [row for split in SPLITS for row in task.splits[split]]
     assert all(len((row.prompt + row.completion).encode()) <= PASSAGE for row in rows) and len(rows) > 60
     for row in rows:
         first, foil = row.completion.split()[0], row.foil.split()[0]
         assert first != foil and row.foil.split()[1:] == row.completion.split()[1:] and row.completion[0] == " "
-    owners = [{text.split("number")[1].split(".")[0] for row in task.splits[split] for text in [row.prompt + row.completion + " number"]} for split in SPLITS]
-    assert owners[0] and not (owners[0] & owners[2]) - {" "}
+    owners = [set(re.findall(r"number\d+", " ".join(row.prompt + row.completion for row in task.splits[split]))) for split in SPLITS]
+    assert all(owners) and not owners[0] & owners[1] and not owners[0] & owners[2]
     encoded = encode(tiny_host.tokenizer, [(rows[0].prompt, rows[0].completion)])[0]
     total, count = token_logprobs(tiny_host, [encoded])
     assert int(count) == len(encoded.ids) - encoded.prompt and nll(tiny_host, rows[:1])[0] != pytest.approx(float(-total / count), abs=1e-6)
@@ -130,6 +136,8 @@ def test_passages_lose_nothing_but_blanks():
         ("svamp", json.dumps({"Body": "x", "Answer": 1}), "line 2: no field Question"),
         ("jsonl", json.dumps({"prompt": "x"}), "line 2: no field answer or tests"),
         ("jsonl", json.dumps({"prompt": "x", "tests": "assert ("}), "line 2: not a jsonl row"),
+        ("jsonl", json.dumps({"prompt": "x", "tests": "assert 1"}), "its tests call no function"),
+        ("humaneval", json.dumps(ADD | {"test": "def check(:"}), "line 2: not a humaneval row"),
         ("text", json.dumps({"title": "x"}), "line 2: no field text"),
         ("text", json.dumps({"text": 5}), "line 2: not a text row"),
         ("gsm8k", "[1]", "line 2: not a JSON object"),
@@ -169,7 +177,7 @@ def test_files_that_are_not_there_or_hold_too_little_are_refused(tmp_path):
 
 
 def test_a_model_is_pruned_for_a_corpus_of_the_users_own(tiny_model_folder, tmp_path):
-    path = write(tmp_path / "corpus.jsonl", [{"text": " ".join(WORDS[n % 9:] + [f"and {n}"] + WORDS[: n % 11])} for n in range(120)])
+    path = write(tmp_path / "corpus.jsonl", [{"text": " ".join([*WORDS[n % 9:], f"and {n}", *WORDS[: n % 11]])} for n in range(120)])
     run(config.Prune(model=str(tiny_model_folder), task=f"text:{path}", out=tmp_path / "run", features=16, fit_steps=4, joint_steps=2, gate_steps=2,
                      heal_tokens=1000, batch=8, tune_rows=8, prompts=8, keep=-1.0))
     report = json.loads((tmp_path / "run" / "report.json").read_text())

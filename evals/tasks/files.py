@@ -162,6 +162,10 @@ def _dealt(kind: str, where: str) -> dict[Split, list[Row]]:
         try:
             parts = [record | {"text": passage} for passage in passages(record["text"])] if kind == "text" else [record]
             rows = [chosen.row(part) for part in parts]
+            for row in rows:
+                compile(row.tests, "<tests>", "exec")
+                if row.tests and not row.names:
+                    raise ValueError("its tests call no function")
         except (SyntaxError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{where} line {line}: not a {kind} row ({type(error).__name__}: {error})") from error
         dealt[split] += [row for row in rows if kind != "text" or len(row.prompt.split()) >= WORDS // 2]
