@@ -177,9 +177,9 @@ def grading_facts() -> str:
         lines.append(f"{name}: {one['pass']} of {one['rows']} published solutions pass, and {one['pass_swapped']} in the place of another row's"
                      + (f" (failing: {failing})." if failing else "."))
     rate = made["rate"]
-    return "\n".join([*lines, f"{rate['completions']:,} completions, right and wrong by turns, took {rate['processor_seconds']:.1f} processor seconds: "
-                      f"{rate['a_second_on_two_free_cores']:.0f} a second for two cores that do nothing else (by the clock {rate['a_second']:.0f} a second, "
-                      f"at a load of {rate['load']:.0f} on two cores)."])
+    clock = f"by the clock {rate['a_second']:.0f} a second, at a load of {rate['load']:.0f} on two cores"
+    return "\n".join([*lines, f"{rate['completions']:,} completions, right and wrong by turns, took {rate['processor_seconds']:.1f} processor "
+                      f"seconds: {rate['a_second_on_two_free_cores']:.0f} a second for two cores that do nothing else ({clock})."])
 
 
 def readme() -> str:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_a_task_of_ones_own_is_judged_from_the_command_line(tiny_run, tmp_path, 
     flags = ["--part", "circuit", "--lm-eval", "tiny_stories", "--lm-eval-folder", str(tmp_path), "--json"]
     assert main(["evaluate", "--run", str(tiny_run), *flags]) == 0
     said = capsys.readouterr().out
-    host = Replacement.load(tiny_run / "circuit", load(json.loads((tiny_run / "receipt.json").read_text())["config"]["model"])).host()
+    host = Replacement.load(tiny_run / "circuit", load(Path(json.loads((tiny_run / "receipt.json").read_text())["config"]["model"]))).host()
     likely = [continuation_logprob(host, [row.prompt for row in ROWS], texts) for texts in ([r.completion for r in ROWS], [r.foil for r in ROWS])]
     assert json.loads(said[said.index("{"):])["tiny_stories"]["acc"] == pytest.approx(float((likely[0] > likely[1]).double().mean()))
     with pytest.raises(ValueError, match="lm-eval knows no task"):
