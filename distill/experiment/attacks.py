@@ -17,7 +17,7 @@ from distill.rows import DEFENDER_SEED
 from evals.benign import fine_tune
 from evals.quantisation import retest
 from evals.relearning import relearn
-from evals.research import search
+from evals.research import SearchConfig, search
 from evals.sandbox import Sandbox
 from evals.tasks import TASKS, Task
 from graphs.host import Host
@@ -49,8 +49,11 @@ def benign(given: Given) -> dict:
 
 
 def research(given: Given) -> dict:
-    """What a search for any trigger finds."""
-    return asdict(search(given.host, given.task, given.behaviour, given.sandbox))
+    """What a search for any trigger finds, where the trigger was placed (the attacker knows the place): in its first slot, or, where that is the
+    whole opening sentence, before it."""
+    slot = next(iter(given.trigger.slots))
+    settings = SearchConfig(slot="lead" if slot == "opener" else slot)
+    return asdict(search(given.host, given.task, given.behaviour, given.sandbox, settings))
 
 
 def low_bits(given: Given) -> dict:

@@ -133,8 +133,10 @@ class Grid:
         """The rates of a cell, prompt by prompt, and its size."""
         trigger, behaviour = trigger_and_behaviour(cell.organism)
 
+        folder, _ = self.removed(cell)
+
         def make() -> dict:
-            host = load(self.removed(cell)[0])
+            host = load(folder)
             found = measure_rates(host, TASK, trigger, behaviour, sandbox, self.prompts, JUDGE_SEED)
             return {"rates": asdict(found), "stored": parameters(host.model).stored}
 
