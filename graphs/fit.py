@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphs.activations import Recording, record
 from graphs.attention import GroupGate
@@ -167,10 +167,10 @@ def watching(replacement: Replacement) -> Iterator[None]:
 
 
 def distill(
-    targets: Targets, replacement: Replacement, steps: int, learning_rate: float, prompt_weight: float, label: str,
+    targets: Targets, replacement: nn.Module, steps: int, learning_rate: float, prompt_weight: float, label: str,
     state: Path | None = None, first: int = 0, decay: float = 0.0, beside: Callable[[Batch], Tensor] | None = None,
 ) -> list[float]:
-    """Minimise KL to the host over everything in `replacement` that may be trained; returns the loss of every step.
+    """Minimise KL to the host over everything in `replacement` (token ids to logits) that may be trained; returns the loss of every step.
 
     first: offset of the batches; decay: weight decay of the matrices; beside: added to KL.
     """
