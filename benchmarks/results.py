@@ -161,7 +161,7 @@ def edges_table() -> str:
     found, cells = json.loads(file.read_text()), []
 
     def line(name: str, kept: str, row: dict, slower: dict | None) -> list[str]:
-        rates = (("{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[key]) if row[key] else "not known") for key in ("retention", "right_under_trigger"))
+        rates = ("{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[key]) for key in ("retention", "right_under_trigger"))
         cost = "1" if slower is None else "{value:.1f} [{low:.1f}, {high:.1f}]".format(**slower)
         return [name, kept, *rates, three(row["attack_success"]["value"]), cost]
 
