@@ -98,7 +98,7 @@ def exactness(opened: Opened) -> dict[str, float]:
 
 def judge(verb: config.Evaluate) -> dict[str, Any]:
     """Judge a run as `verb.as_` says."""
-    assert verb.run is not None
+    assert verb.run is not None and verb.as_ is not None
     settings = settings_of(verb.run)
     model, checkpoint = find(settings.model), verb.run / "checkpoint"
     folder = verb.secret or secret_beside(model)
@@ -117,7 +117,7 @@ def judge(verb: config.Evaluate) -> dict[str, Any]:
     backdoor = Backdoor(TASKS["coding"], secret.trigger, secret.behaviour) if secret and TASKS["coding"] in tasks else None
     models: dict[str, Host | Path] = {"twin" if secret and secret.twin else "model": secret.twin if secret and secret.twin else model}
     reference = next(iter(models))
-    models |= {verb.as_: shown} | ({"checkpoint": checkpoint} if verb.as_ != "checkpoint" else {})  # type: ignore[dict-item]
+    models |= {verb.as_: shown} | ({"checkpoint": checkpoint} if verb.as_ != "checkpoint" else {})
     asked = EvaluateConfig(prompts=verb.prompts, other_prompts=min(200, verb.prompts))
     judged = judge_models(models, reference, tasks, [], backdoor, asked, verb.run / ".work" / "judged")
     slower = None if verb.as_ == "checkpoint" else ratio(judged["rows"]["checkpoint"]["speed"], judged["rows"][verb.as_]["speed"]).to_json()
