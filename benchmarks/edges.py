@@ -45,14 +45,14 @@ def main(run: Path, wanted: list[str]) -> None:
     found = read_json(FILE) if FILE.is_file() else {"cells": {}}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     found |= {"commit": commit, "command": read_json(run / "report.json")["command"], "exactness": exactness(reopen(run, "circuit"))}
-    if "curves" not in found:
-        found["curves"] = edge_curves(config.Curve(run=run, edges=True), SCORES)["curves"]
     write_json(FILE, found)
     for name in wanted:
         score, share = name.split(":")
         found["cells"][name] = cell(run, score, float(share))
         print(name, found["cells"][name]["edges_run"], file=sys.stderr)
         write_json(FILE, found)
+    if "curves" not in found:
+        write_json(FILE, found | {"curves": edge_curves(config.Curve(run=run, edges=True), SCORES)["curves"]})
 
 
 if __name__ == "__main__":

@@ -171,8 +171,8 @@ def edges_table() -> str:
         kept, whole = row["edges"]["all"]
         cells.append(line(row["score"], f"{kept:,} of {whole:,} ({kept / whole:.0%})", row["edges_run"], row["slower"]))
     exact = found["exactness"]
-    ends = "; ".join(f"{name} {curve['cmd']:.3f}" for name, curve in found["curves"].items())
-    facts = f"CMD of the faithfulness curve, nothing healed (less is better): {ends}."
+    ends = "; ".join(f"{name} {curve['cmd']:.3f}" for name, curve in found.get("curves", {}).items())
+    facts = f"CMD of the faithfulness curve, nothing healed (less is better): {ends or 'not measured'}."
     if cells:
         one = next(iter(found["cells"].values()))
         facts += f"\n{one['steps']} batches of healing a row, {one['prompts']} prompts a rate; shares of the twin's, 95 % intervals."

@@ -117,7 +117,8 @@ def judge(verb: config.Evaluate) -> dict[str, Any]:
     backdoor = Backdoor(TASKS["coding"], secret.trigger, secret.behaviour) if secret and TASKS["coding"] in tasks else None
     models: dict[str, Host | Path] = {"twin" if secret and secret.twin else "model": secret.twin if secret and secret.twin else model}
     reference = next(iter(models))
-    models |= {verb.as_: shown} | ({"checkpoint": checkpoint} if verb.as_ != "checkpoint" else {})
+    models[verb.as_] = shown
+    models["checkpoint"] = checkpoint
     asked = EvaluateConfig(prompts=verb.prompts, other_prompts=min(200, verb.prompts))
     judged = judge_models(models, reference, tasks, [], backdoor, asked, verb.run / ".work" / "judged")
     slower = None if verb.as_ == "checkpoint" else ratio(judged["rows"]["checkpoint"]["speed"], judged["rows"][verb.as_]["speed"]).to_json()

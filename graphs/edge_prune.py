@@ -20,7 +20,7 @@ best of all targets together. A token counts as a source for each vocabulary ent
 
 `thin` cuts at once, or, where it may heal, in `STAGES` of falling shares: after each, the circuit's own weights (from which every edge's is
 made) are trained by KL to the model on clean rows with the cut edges held out, and the next is scored anew (gradual pruning: Zhu and
-Gupta 2017). An edge that was cut may come back.
+Gupta 2017). An edge that was cut may come back. All this looks at completions alone: what predicts the prompt's own tokens is given up.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from graphs.batches import Batch
 from graphs.edge_run import LOGITS, EdgeModel, Edges
 from graphs.fit import distill
-from graphs.losses import PROMPT_WEIGHT, SURE, divergence
+from graphs.losses import divergence
 from graphs.prune import Gates
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
@@ -185,7 +185,7 @@ def thin(run: EdgeModel, targets: Targets, edges: Edges, config: ThinConfig) -> 
         else:
             scores = SCORES[config.score](run, batches, config.seed)
         run.keep(best(scores, edges, share))
-        losses += distill(targets, run, steps, HEAL_RATE, PROMPT_WEIGHT, f"edges {share:.2f}", first=config.first + len(losses))
+        losses += distill(targets, run, steps, HEAL_RATE, 0.0, f"edges {share:.2f}", first=config.first + len(losses), sure=1.0)
         run.thaw()
     return losses
 
@@ -217,7 +217,7 @@ def learn_gates(
         for name, gate in gates.sample(step).items():
             run.readers[name].gate = (~edges[name]).to(gate.dtype).masked_scatter(edges[name], gate)
         run.thaw()
-        kl = divergence(run(batch.ids), targets(batch), batch, PROMPT_WEIGHT, SURE)
+        kl = divergence(run(batch.ids), targets(batch), batch, 0.0)
         return kl + DRAW * ((gates.open_share() * sizes).sum() - goal).square()
 
     try:

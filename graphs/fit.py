@@ -169,14 +169,15 @@ def watching(replacement: Replacement) -> Iterator[None]:
 def distill(
     targets: Targets, replacement: nn.Module, steps: int, learning_rate: float, prompt_weight: float, label: str,
     state: Path | None = None, first: int = 0, decay: float = 0.0, beside: Callable[[Batch], Tensor] | None = None,
+    sure: float = SURE,
 ) -> list[float]:
     """Minimise KL to the host over everything in `replacement` (token ids to logits) that may be trained; returns the loss of every step.
 
-    first: offset of the batches; decay: weight decay of the matrices; beside: added to KL.
+    first: offset of the batches; decay: weight decay of the matrices; beside: added to KL; sure: as in `divergence`.
     """
     def loss(step: int) -> Tensor:
         batch = targets.batches(first + step)
-        kl = divergence(replacement(batch.ids), targets(batch), batch, prompt_weight, SURE)
+        kl = divergence(replacement(batch.ids), targets(batch), batch, prompt_weight, sure)
         return kl if beside is None else kl + beside(batch)
 
     return train(replacement, loss, TrainConfig(steps, learning_rate, warmup=0.05, weight_decay=decay), label, state) if steps else []
