@@ -153,6 +153,35 @@ def graph_table() -> str:
     return lines_of(["task", "KL, all swapped", "L0 by layer", "replacement", "completeness"], cells) + "\n\n" + facts
 
 
+def edges_table() -> str:
+    """What a circuit does on a share of its edges, against the twin and the compiled checkpoint."""
+    file = ROOT / "results" / "edges.json"
+    if not file.is_file():
+        return "Not measured yet."
+    found, cells = json.loads(file.read_text()), []
+
+    def line(name: str, kept: str, row: dict, slower: dict | None) -> list[str]:
+        rates = ("{value:.3f} [{low:.3f}, {high:.3f}]".format(**row[key]) for key in ("retention", "right_under_trigger"))
+        cost = "1" if slower is None else "{value:.1f} [{low:.1f}, {high:.1f}]".format(**slower)
+        return [name, kept, *rates, three(row["attack_success"]["value"]), cost]
+
+    for row in found["cells"].values():
+        if not cells:
+            cells.append(line("compiled", "all", row["checkpoint"], None))
+        kept, whole = row["edges"]["all"]
+        cells.append(line(row["score"], f"{kept:,} of {whole:,} ({kept / whole:.0%})", row["edges_run"], row["slower"]))
+    exact = found["exactness"]
+    ends = "; ".join(f"{name} {curve['cmd']:.3f}" for name, curve in found.get("curves", {}).items())
+    facts = f"CMD of the faithfulness curve, nothing healed (less is better): {ends or 'not measured'}."
+    if cells:
+        one = next(iter(found["cells"].values()))
+        facts += f"\n{one['steps']} batches of healing a row, {one['prompts']} prompts a rate; shares of the twin's, 95 % intervals."
+    facts += (f"\nWith every edge the logits (up to {exact['largest_logit']:.0f}) are the checkpoint's to {exact['float64']:.1e} in float64 and to "
+              f"{exact['float32']:.1e} in float32,\nwhere the checkpoint itself is {exact['checkpoint_float32']:.1e} from its float64 logits.")
+    header = ["edges by", "kept", "retention", "R-Acc / twin's", "ASR", "time a token / checkpoint's"]
+    return lines_of(header, cells) + "\n\n" + facts
+
+
 def trait_facts() -> str:
     """What find says of a planted trait, a row a seed."""
     def control(values: list[float]) -> str:
@@ -186,7 +215,7 @@ def readme() -> str:
     """The README with its tables brought up to date."""
     text = README.read_text()
     blocks = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
-              "trait": trait_facts, "grading": grading_facts}
+              "trait": trait_facts, "grading": grading_facts, "edges": edges_table}
     for name, block in ((name, make()) for name, make in blocks.items()):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         text = text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end):]

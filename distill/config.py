@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,14 @@ class Evaluate:
     """Folder of further tasks for the harness, as YAML files."""
     part: Literal["checkpoint", "circuit", "graph"] = "checkpoint"
     """With --lm-eval and --run: the checkpoint, or the circuit or fitted graph running in the model's place."""
+    as_: Annotated[Literal["graph", "edges", "checkpoint"] | None, arg(name="as")] = None
+    """With --run: judge its circuit by itself, as the graph that runs node by node, edge by edge with a share of its edges, or as compiled."""
+    edges: float = 0.2
+    """Share of the edges that are kept (--as edges)."""
+    edge_score: Literal["flow", "magnitude", "fisher", "random", "gates"] = "fisher"
+    """What ranks edges (--as edges; distill curve --edges compares them)."""
+    edge_steps: int = 0
+    """Batches of healing while edges are cut, for gates half of them of learning (--as edges); 0: cut at once."""
     rivals: bool = False
     """Also make and judge the rivals (clean fine-tuning, UNDO, dense refit, written text, magnitude, Wanda, ...) at equal rows and tokens."""
     out: Path | None = None
@@ -188,6 +198,8 @@ class Curve:
     """Rows of each task's tune split."""
     score_batches: int = 12
     """Batches of clean rows that scores are taken on."""
+    edges: bool = False
+    """The same of the circuit's edges instead: all scores of edges (flow, magnitude, fisher, random) unless --score names some."""
     answers: int = 0
     """Also compile what the first score keeps of a tenth of the nodes and more, let it answer as many tune rows of each task, and time it."""
     seed: int = 0
@@ -325,7 +337,7 @@ class Experiment:
 BUDGETS = ("target_params", "target_ratio", "target_memory", "target_nodes")
 """Flags that choose the circuit by its size; at most one, and not beside --keep."""
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_tokens": 0,
-         "answers": 0, "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
+         "answers": 0, "edge_steps": 0, "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
          "judged": 32, "workers": 1, "target_params": 1, "target_nodes": 1, "score_batches": 1}
 """Smallest value of each numeric field that has one."""

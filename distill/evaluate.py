@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from distill import config
+from distill.edges import judge, page
 from distill.models import Secret, find, read_secret, secret_beside
 from distill.report import write
 from distill.rivals import placed, run_rivals
@@ -24,6 +25,12 @@ def run(verb: config.Evaluate) -> int:
     """Judge a run (with its rivals, if asked) or one model."""
     if (verb.run is None) == (verb.model is None):
         raise ValueError("evaluate needs one of --run DIR and --model NAME")
+    if verb.as_ is not None and (verb.run is None or verb.rivals):
+        raise ValueError("--as judges the circuit of a run: give --run DIR, and no --rivals")
+    if verb.as_ is not None:
+        judged = judge(verb)
+        print(json.dumps({key: value for key, value in judged.items() if key != "rows"}, indent=1) if verb.json else page(judged))
+        return 0
     if verb.rivals and verb.run is None:
         raise ValueError("--rivals needs --run: rivals are made at the rows and tokens of a run")
     if verb.part != "checkpoint" and not (verb.lm_eval and verb.run):

@@ -1,6 +1,6 @@
 """The judgement of several checkpoints on the same rows, as one JSON-able dictionary.
 
-It sees folders and rows, and knows of no folder how it was made. One model is the *reference* (a clean twin, or the
+It sees folders (or models that run already) and rows, and knows of none how it was made. One model is the *reference* (a clean twin, or the
 model before it was changed): the others are compared with it row by row, so that what rows share cancels.
 
     models[name]    tasks: score and nll of each task; backdoor: the rates; fidelity to the reference; size; speed
@@ -15,7 +15,7 @@ stays, because fidelity runs it beside each of the others, and all are loaded on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -74,12 +74,12 @@ class Judged:
 
 
 def judge_models(
-    models: dict[str, Path], reference: str, tasks: Sequence[Task], dropped: Sequence[Task], backdoor: Backdoor | None,
+    models: Mapping[str, Path | Host], reference: str, tasks: Sequence[Task], dropped: Sequence[Task], backdoor: Backdoor | None,
     config: EvaluateConfig | None = None, known: Path | None = None,
 ) -> dict:
     """Judge checkpoint folders on kept and dropped tasks and, if one is given, a backdoor.
 
-    known: folder of what was seen of models before, found again by the hash of all that it depends on; times are always taken anew.
+    known: folder of what was seen of checkpoints before, found again by the hash of all that it depends on; times are always taken anew.
     Raises ValueError where the reference is not among the models, a task stands on both lists, or a folder does not load.
     """
     config = config or EvaluateConfig()
@@ -93,17 +93,21 @@ def judge_models(
     follow = [row for task in tasks or dropped for row in rows[task.name][: config.other_prompts]]
     judged = {}
     with Sandbox() as sandbox, tqdm(total=len(models) * (len(names) + 1) + 1, desc="evaluate", leave=False, mininterval=1.0) as bar:
-        layers, first = describe(sandbox), load(models[reference])
+        layers, first = describe(sandbox), _opened(models[reference])
         for name, folder in models.items():
             bar.set_postfix_str(name)
             followed = None if name == reference else first
             make = partial(_judge_one, folder if followed else first, followed, (*tasks, *dropped), rows, follow, backdoor, sandbox, config)
             planted = backdoor and (backdoor.task.name, backdoor.trigger.hash, backdoor.behaviour, renderer())
-            judged[name] = _recalled(known, digest(folder, followed and models[reference], keys, len(tasks), planted, config), make)
+            if known is None or not isinstance(folder, Path):
+                judged[name] = make()
+            else:
+                judged[name] = _recalled(known / f"{digest(folder, followed and models[reference], keys, len(tasks), planted, config)}.json", make)
             bar.update(len(names) + 1)
-            judged[name].size["file_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            if isinstance(folder, Path):
+                judged[name].size["file_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         bar.set_postfix_str("speed")
-        speeds = speed({name: first if name == reference else load(folder) for name, folder in models.items()},
+        speeds = speed({name: first if name == reference else _opened(folder) for name, folder in models.items()},
                        [row.prompt for row in follow], config.speed_tokens, config.speed_repeats)
         bar.update()
     return {
@@ -122,7 +126,7 @@ def _judge_one(
     model: Host | Path, reference: Host | None, tasks: Sequence[Task], rows: dict[str, list[Row]], follow: list[Row],
     backdoor: Backdoor | None, sandbox: Sandbox, config: EvaluateConfig,
 ) -> Judged:
-    host = load(model) if isinstance(model, Path) else model  # what is known already is not loaded for this
+    host = _opened(model)  # what is known already is not loaded for this
     rates = None
     if backdoor is not None:
         rates = measure_rates(host, backdoor.task, backdoor.trigger, backdoor.behaviour, sandbox, config.prompts, config.seed, config.sampled)
@@ -133,11 +137,13 @@ def _judge_one(
     return Judged(outcomes, rates, compare(host, reference, follow) if reference else None, asdict(parameters(host.model)))
 
 
-def _recalled(known: Path | None, key: str, make: Callable[[], Judged]) -> Judged:
-    """What is known under `key`, or what `make` finds, which is known from then on."""
-    if known is None:
-        return make()
-    file = known / f"{key}.json"
+def _opened(model: Path | Host) -> Host:
+    """A model that runs."""
+    return load(model) if isinstance(model, Path) else model
+
+
+def _recalled(file: Path, make: Callable[[], Judged]) -> Judged:
+    """What `file` knows, or what `make` finds, which is known from then on."""
     if not file.is_file():
         write_json(file, make())
     found = read_json(file)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphs.activations import Recording, record
 from graphs.attention import GroupGate
@@ -167,16 +167,17 @@ def watching(replacement: Replacement) -> Iterator[None]:
 
 
 def distill(
-    targets: Targets, replacement: Replacement, steps: int, learning_rate: float, prompt_weight: float, label: str,
+    targets: Targets, replacement: nn.Module, steps: int, learning_rate: float, prompt_weight: float, label: str,
     state: Path | None = None, first: int = 0, decay: float = 0.0, beside: Callable[[Batch], Tensor] | None = None,
+    sure: float = SURE,
 ) -> list[float]:
-    """Minimise KL to the host over everything in `replacement` that may be trained; returns the loss of every step.
+    """Minimise KL to the host over everything in `replacement` (token ids to logits) that may be trained; returns the loss of every step.
 
-    first: offset of the batches; decay: weight decay of the matrices; beside: added to KL.
+    first: offset of the batches; decay: weight decay of the matrices; beside: added to KL; sure: as in `divergence`.
     """
     def loss(step: int) -> Tensor:
         batch = targets.batches(first + step)
-        kl = divergence(replacement(batch.ids), targets(batch), batch, prompt_weight, SURE)
+        kl = divergence(replacement(batch.ids), targets(batch), batch, prompt_weight, sure)
         return kl if beside is None else kl + beside(batch)
 
     return train(replacement, loss, TrainConfig(steps, learning_rate, warmup=0.05, weight_decay=decay), label, state) if steps else []

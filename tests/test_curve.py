@@ -10,7 +10,9 @@ from distill.__main__ import main
 from distill.curve import COMPILED
 from distill.runs import begun
 from graphs.batches import Batch
-from graphs.curve import SHARES, opened, trace_curve
+from graphs.curve import SHARES, opened, trace_curve, trace_edge_curve
+from graphs.edge_prune import counted
+from graphs.edge_run import EdgeModel
 from graphs.replace import Replacement, from_noise
 from graphs.train import TrainConfig, train
 
@@ -41,7 +43,7 @@ def test_a_curve_goes_from_nothing_to_the_whole(tiny_host):
     assert curve.points[-1].kl == pytest.approx(0, abs=1e-6) and curve.points[0].kl > 0.01
     area = sum((b.share - a.share) * (a.faithfulness + b.faithfulness) / 2 for a, b in zip(curve.points, curve.points[1:], strict=False))
     assert curve.cpr == pytest.approx(area) and curve.points[-1].nodes == sum(made.node_counts().values())
-    with pytest.raises(ValueError, match="no better than none of its nodes"):
+    with pytest.raises(ValueError, match="no better than none of it"):
         trace_curve(made, order, [batch], [target], (1.0, 0.0))
 
 
@@ -80,6 +82,23 @@ def test_the_verb_compares_scores(learned, capsys):
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] and all(point["tokens_per_second"]["value"] > 0 for point in points)
     shutil.rmtree(learned / ".work" / "gated")
     assert main(argv) == 2 and "name other scores" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_a_curve_of_edges_goes_from_nothing_to_the_whole(tiny_host):
+    whole = from_noise(tiny_host, 16, 0).eval()
+    run, ids = EdgeModel(whole), torch.randint(3, 600, (2, 8), generator=torch.Generator().manual_seed(0))
+    for token in range(7):  # text that the whole finds likely
+        ids[:, token + 1] = whole(ids)[:, token].argmax(-1)
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
+    edges = counted(run, ids.unique())
+    scores = {name: torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) for name, mask in edges.items()}
+    curve = trace_edge_curve(run, scores, edges, [batch], [whole(ids)], (0.0, 0.5, 1.0))
+    total = sum(int(mask.sum()) for mask in edges.values())
+    assert [point.nodes for point in curve.points] == [0, round(total / 2), total]
+    assert curve.points[0].faithfulness == 0 and curve.points[2].kl == pytest.approx(0, abs=1e-6)
+    assert 1e-4 < curve.points[1].kl < curve.points[0].kl
+    assert torch.allclose(run(ids), whole(ids), atol=1e-5)  # every edge is kept again
 
 
 def test_the_verb_refuses_what_it_cannot_compare(tiny_run, capsys):

@@ -21,7 +21,8 @@ def test_the_table_is_generated_from_the_committed_rows():
 
 
 def test_every_verb_flag_and_builtin_model_it_names_exists():
-    fields = {name.replace("_", "-") for verb, _ in VERBS.values() for name in verb.__dataclass_fields__} | {"config", "index-url", "constraint"}
+    fields = {name.strip("_").replace("_", "-") for verb, _ in VERBS.values() for name in verb.__dataclass_fields__}
+    fields |= {"config", "index-url", "constraint"}
     assert set(re.findall(r"--([a-z][a-z-]+)", README)) <= fields
     assert {verb for verb in re.findall(r"`distill ([a-z]+)", README)} <= set(VERBS)
     assert {name for name in re.findall(r"builtin:([a-z-]+)", README)} <= set(BUILTIN)
