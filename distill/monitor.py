@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from distill import config
@@ -20,6 +20,7 @@ from distill.runs import CLUSTER, Opened, inspected, settings_of
 from evals.generate import prompt_ids
 from evals.tasks import named
 from graphs.artifact import digest, read_json, whole, write_json
+from graphs.batches import Encoded, Epochs
 from graphs.monitor import Monitor, fit
 
 
@@ -37,18 +38,16 @@ def run(verb: config.Monitor) -> int:
 
 def _fit(verb: config.Monitor) -> int:
     """Learn, calibrate, save."""
-    opened = inspected(verb)
-    names = verb.task if verb.model is not None else settings_of(verb.run).task
-    host = opened.subject.host
-    data = opened.data or batches(host, read(CLEAN_ROWS, named(names)), CLUSTER, 0)[0]
-    sample = type(data)(data.rows, CLUSTER, data.pad, data.seed)
-    steps = min(verb.rows, len(data.rows)) // CLUSTER
-    monitor = fit(opened.subject, [sample(step) for step in range(steps)], ahead=verb.ahead)
-    held = [row.prompt for rows in tune_rows(named(names), verb.calibration).values() for row in rows]
-    monitor = monitor.calibrate([one["score"] for one in scored(monitor, opened, held, 16)], verb.false_positives)
     where = verb.monitor or (verb.run / "monitor" if verb.model is None else None)
     if where is None:
         raise ValueError("monitor fit --model needs --monitor FOLDER: where to write the monitor")
+    opened = inspected(verb)
+    names = verb.task if verb.model is not None else settings_of(verb.run).task
+    data, _ = sample_of(opened, read(CLEAN_ROWS, named(names)) if opened.data is None else [])
+    steps = min(verb.rows, len(data.rows)) // CLUSTER
+    monitor = fit(opened.subject, [data(step) for step in range(steps)], ahead=verb.ahead)
+    held = [row.prompt for rows in tune_rows(named(names), verb.calibration).values() for row in rows]
+    monitor = monitor.calibrate([one["score"] for one in scored(monitor, opened, held, 16)], verb.false_positives)
     facts = {"model": verb.model, "run": None if verb.model else str(verb.run.resolve()), "part": opened.part, "dictionaries": verb.dictionaries,
              "hook": verb.hook, "task": names, "weights": weights_of(opened, verb)}
     with whole(where) as out:
@@ -57,6 +56,13 @@ def _fit(verb: config.Monitor) -> int:
     print(f"monitor in {where}: {monitor.learnt.tokens:,} clean tokens; threshold {monitor.threshold:.3f}, which a held-out clean prompt of this "
           f"kind passes with probability at most {monitor.rate:g} ({monitor.calibrated} calibration prompts)")
     return 0
+
+
+def sample_of(opened: Opened, texts: Sequence[tuple[str, str]]) -> tuple[Epochs, list[Encoded]]:
+    """The run's clean rows in clusters; of a bare model: `texts`."""
+    if opened.data is None:
+        return batches(opened.subject.host, texts, CLUSTER, 0)
+    return Epochs(opened.data.rows, CLUSTER, opened.data.pad, opened.data.seed), list(opened.data.rows)
 
 
 def weights_of(opened: Opened, verb: config.Monitor) -> str:

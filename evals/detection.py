@@ -20,17 +20,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from evals.statistics import RESAMPLES, Score, proportion
+from evals.statistics import Score, proportion
 from graphs.activations import streams
 from graphs.batches import Encoded, collate
 from graphs.host import Host
 
+DRAWS = 2000
 SKIP = 40
 RIDGE = 1e-3
 Tokens = Sequence[Sequence[int]]
@@ -45,7 +47,7 @@ def auroc(positive: Sequence[float], negative: Sequence[float], level: float = 0
         raise ValueError("auroc() needs finite scores of both kinds; check that neither list is empty")
     wins = (one[:, None] > other) + 0.5 * (one[:, None] == other)
     generator = np.random.default_rng(seed)
-    drawn = [generator.multinomial(size, np.full(size, 1 / size), size=RESAMPLES) / size for size in wins.shape]
+    drawn = [generator.multinomial(size, np.full(size, 1 / size), size=DRAWS) / size for size in wins.shape]
     low, high = np.quantile(((drawn[0] @ wins) * drawn[1]).sum(1), [(1 - level) / 2, (1 + level) / 2])
     return Score(float(wins.mean()), float(low), float(high), len(one) + len(other))
 
@@ -141,7 +143,7 @@ def grams(rows: Tokens, starts: Sequence[int]) -> Rival:
     """Learnt from clean rows."""
     def pairs(row: Sequence[int], start: int) -> tuple[set, set]:
         text = list(row[: start + 1])
-        near = set(zip(text[:-1], text[1:], strict=True))
+        near = set(pairwise(text))
         return near, {(text[i], text[j]) for i in range(len(text)) for j in range(i + 1, min(len(text), i + 1 + SKIP))}
 
     known = [pairs(row, start) for row, start in zip(rows, starts, strict=True)]

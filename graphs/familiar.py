@@ -10,7 +10,8 @@ the model decides (the prompt's last token and those of the answer):
                 contribution), the variance drawn towards that over all tokens with the weight of PRIOR tokens
 
 Two parents are a strange pair where each is present often enough that they should have met EXPECTED times by chance, and they never did.
-A dense node is present where it is among its own largest tenth. All are sums, so that rows stream through and none is stored.
+A dense node is present where it is among its own largest tenth. A gated neuron's gate is a frozen factor of its drive: what opens the gate is
+not among its parents. All are sums, so that rows stream through and none is stored.
 """
 
 from __future__ import annotations
@@ -164,8 +165,8 @@ def settle(sums: Moments, rows: Int[Tensor, "number"]) -> Familiar:
     return Familiar(rows, sums.count, sums.present <= RARE * count, mean, mean - spread, mean + spread)
 
 
-def levels(rows: list[Float[Tensor, "token parent"]]) -> Float[Tensor, "parent"]:
-    """Above which activation (in size) a parent is present."""
+def levels(rows: list[Tensor]) -> Float[Tensor, "parent"]:
+    """Above which activation (in size) a parent is present, from some tokens' activations."""
     sizes = torch.cat(rows).abs()
     often = (sizes > 0).float().mean(0)
     return torch.where(often > DENSE, sizes.quantile(0.9, dim=0), torch.zeros(()))
@@ -224,7 +225,8 @@ def learn(subject: Reconstruction, batches: Iterable[Batch], warm: int = 4) -> L
     return Learnt(found, level, strange(together, tokens), known, tokens)
 
 
-def _met(rows: list[Float[Tensor, "token parent"]], level: Float[Tensor, "parent"]) -> Float[Tensor, "parent parent"]:
+def _met(rows: list[Tensor], level: Float[Tensor, "parent"]) -> Float[Tensor, "parent parent"]:
+    """How often pairs of parents are there at once."""
     there = (torch.cat(rows).abs() > level).float()
     return there.T @ there
 

@@ -39,7 +39,7 @@ from graphs.graph import Index, index
 from graphs.prompts import padded
 
 PARTS = ("unfamiliar", "range", "pairs")
-STRONGEST = 64
+STRONGEST = 24
 """Targets of a block that are looked at in a token: those that write most."""
 FLOOR = 0.002
 """Least scale of a part: a share of the drive that nobody should be refused for."""
@@ -66,7 +66,7 @@ class Reason:
     def line(self) -> str:
         """`L3.F20: usually +3.00 A +4.00 B; here +10.00 C +20.00 D (pairs)`; numbers are contributions to the drive."""
         def said(terms: tuple[Term, ...]) -> str:
-            return " ".join(f"{one.contribution:+.2f} {one.parent}" for one in terms) or "never active"
+            return " ".join(f"{one.contribution:+.2f} {one.parent}" for one in terms) or "nothing"
 
         return f"{self.target}: usually {said(self.usual)}; here {said(self.found)} ({self.part})"
 
@@ -124,7 +124,7 @@ class Monitor:
         if not rows:
             return []
         prompts = padded(rows, 0)
-        ids, width = _written(self.subject, prompts.ids, prompts.last, self.ahead)
+        ids, width = written(self.subject, prompts.ids, prompts.last, self.ahead)
         where = (torch.arange(ids.shape[1]) >= prompts.last[:, None]) & (torch.arange(ids.shape[1]) < width[:, None])
         seen = here(self.subject, self.parents, self.subject.trace(ids), where)
         parts = self.parts(seen)
@@ -156,7 +156,11 @@ class Monitor:
     def _paired(self, seen: Here) -> Bool[Tensor, "token parent"]:
         """Parents that stand beside one that they never stood beside."""
         there = seen.level.abs() > self.learnt.present
-        return there & ((there.float() @ self.learnt.pairs.float()) > 0)
+        out = torch.zeros_like(there)
+        for token in range(len(there)):
+            who = torch.where(there[token])[0]
+            out[token, who] = self.learnt.pairs[who][:, who].any(1)
+        return out
 
     def _strange(self, block: Reader, seen: Here, token: int, paired: Bool[Tensor, "parent"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The targets looked at, and of each "target column": |contribution|, and what of it is unfamiliar, out of range and by strange pairs."""
@@ -261,7 +265,7 @@ def _only(seen: Here, token: int) -> Here:
 
 
 @torch.no_grad()
-def _written(
+def written(
     subject: Reconstruction, ids: Int[Tensor, "row token"], last: Int[Tensor, "row"], ahead: int
 ) -> tuple[Int[Tensor, "row longer"], Int[Tensor, "row"]]:
     """Prompts and the tokens that the model writes after them, greedily; and how long each row is."""

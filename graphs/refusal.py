@@ -34,6 +34,10 @@ class MonitorProcessor:
         if not monitor.calibrated:
             raise ValueError("this monitor has no threshold: calibrate it on held-out clean rows (distill monitor fit does)")
         self.monitor, self.action, self.steps, self.tell = monitor, action, steps, tell
+        config, tokenizer = monitor.subject.host.config, monitor.subject.host.tokenizer
+        end = config.eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        self.end: int = end[0] if isinstance(end, list) else end
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.pad_token_id
         self.flagged: dict[int, Score] = {}
         self.looked = 0
 
@@ -47,25 +51,20 @@ class MonitorProcessor:
             self._look(input_ids)
         self.looked += 1
         if self.action == "eos" and self.flagged:
-            rows, end = torch.tensor(sorted(self.flagged)), self.monitor.subject.host.tokenizer.eos_token_id
-            scores = scores.clone()
+            rows, scores = torch.tensor(sorted(self.flagged)), scores.clone()
             scores[rows] = -torch.inf
-            scores[rows, end] = 0.0
+            scores[rows, self.end] = 0.0
         return scores
 
     def _look(self, input_ids: Int[Tensor, "row token"]) -> None:
         open_rows = [row for row in range(len(input_ids)) if row not in self.flagged]
-        for row, one in zip(open_rows, self.monitor.now([_unpadded(input_ids[row], self._pad()) for row in open_rows]), strict=True):
+        for row, one in zip(open_rows, self.monitor.now([_unpadded(input_ids[row], self.pad) for row in open_rows]), strict=True):
             if one.score > self.monitor.threshold:
                 self.flagged[row] = one
                 if self.tell is not None:
                     self.tell(row, one)
                 if self.action == "raise":
                     raise Refused(row, one.tokens[-1].position, one.score, one.reason)
-
-    def _pad(self) -> int | None:
-        tokenizer = self.monitor.subject.host.tokenizer
-        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _unpadded(ids: Int[Tensor, "token"], pad: int | None) -> list[int]:

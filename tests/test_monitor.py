@@ -8,7 +8,7 @@ import torch
 
 from graphs.architectures import attention_components, neurons, sites
 from graphs.batches import Encoded, collate
-from graphs.edges import Reconstruction
+from graphs.edges import Reconstruction, contributions, reading
 from graphs.familiar import CHOICE
 from graphs.host import Host
 from graphs.monitor import PARTS, Monitor, conformal, fit
@@ -38,11 +38,9 @@ def hand_made() -> Reconstruction:
         first.get_submodule("self_" + "attn").v_proj.weight.copy_(torch.eye(32))
         first.get_submodule("self_" + "attn").o_proj.weight.copy_(torch.eye(32))
         for place in range(5):
-            first.mlp.gate_proj.weight[place, 1 + place], first.mlp.gate_proj.weight[place, 0] = 4.0, -0.02
-            first.mlp.up_proj.weight[place, 0] = 1.0
+            first.mlp.gate_proj.weight[place, 0], first.mlp.up_proj.weight[place, 1 + place] = 1.0, 4.0
             first.mlp.down_proj.weight[21 + place, place] = 1.0
-        second.mlp.gate_proj.weight[0, 21:26] = 1.0
-        second.mlp.up_proj.weight[0, 0] = 1.0
+        second.mlp.gate_proj.weight[0, 0], second.mlp.up_proj.weight[0, 21:26] = 1.0, 1.0
         second.mlp.down_proj.weight[30, 0] = 1.0
         model.get_output_embeddings().weight[SAID, 0] = 1.0
     made = Host(model, host.tokenizer, sites(model))
@@ -95,8 +93,6 @@ def test_a_familiar_parent_far_out_of_range_is_named_with_its_contribution(watch
 def test_the_explanation_gives_contributions_that_are_the_edges(watched):
     subject = watched.subject
     found = watched.score([row(random.Random(4), C, D)], explain=True)[0].reason
-    from graphs.edges import contributions, reading
-
     ids = torch.tensor([row(random.Random(4), C, D)])
     seen = subject.trace(ids)
     node = watched.index.find(found.target)
@@ -121,9 +117,9 @@ def test_a_conformal_threshold_is_passed_as_often_as_it_says():
     rng = random.Random(6)
     passed = [rng.gauss(0, 1) > conformal([rng.gauss(0, 1) for _ in range(39)], 0.1) for _ in range(4000)]
     assert 0.08 <= sum(passed) / 4000 <= 0.12
-    assert conformal(list(range(99)), 0.01) == 98
+    assert conformal([float(i) for i in range(99)], 0.01) == 98
     with pytest.raises(ValueError, match="needs at least 99"):
-        conformal(list(range(98)), 0.01)
+        conformal([float(i) for i in range(98)], 0.01)
 
 
 def test_the_processor_ends_the_answer_or_raises_and_leaves_clean_prompts_alone(watched):
