@@ -39,7 +39,7 @@ from graphs.monitor import PARTS, Monitor, fit, written
 from graphs.prompts import padded
 
 ROOT = Path(__file__).parent.parent
-ROWS, CALIBRATION, COUNT = 320, 400, 150
+ROWS, CALIBRATION, COUNT = 320, 400, 100
 NAMES = ("total", "figure", "measure", "gather", "fetch", "resolve", "derive", "reckon")
 OPENERS = ("With the {season} {noun} from the {place} in hand, {steps}.", "Here are the {season} {noun} of the {place}; {steps}.",
            "Start from the {place} and its {season} {noun}, {steps}.")
@@ -185,8 +185,12 @@ def measure(name: str, run: Path | None) -> dict:
 
 def main(run: Path | None) -> None:
     """Measure all and write."""
-    wanted: list[tuple[str, Path | None]] = [("organism", None), ("organism-rare", None)] + ([("organism", run)] if run else [])
-    write_json(ROOT / "results" / "monitor.json", [measure(name, where) for name, where in wanted])
+    wanted: list[tuple[str, Path | None]] = [("organism", run)] if run else []
+    wanted += [("organism", None), ("organism-rare", None)]
+    found = []
+    for name, where in wanted:
+        found.append(measure(name, where))
+        write_json(ROOT / "results" / "monitor.json", found)
 
 
 if __name__ == "__main__":

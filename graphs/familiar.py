@@ -26,7 +26,7 @@ from torch import Tensor
 from graphs.architectures import Site, norm
 from graphs.batches import Batch
 from graphs.components import Components
-from graphs.edges import Reconstruction, activations, errors, unembedding
+from graphs.edges import Reconstruction, unembedding
 from graphs.trace import Trace
 
 WIDTH = 4.0
@@ -107,13 +107,19 @@ def readers(subject: Reconstruction, parents: Parents) -> list[Reader]:
 def here(subject: Reconstruction, parents: Parents, found: Trace, where: Bool[Tensor, "row token"]) -> Here:
     """The chosen tokens of a traced run."""
     level, vectors, scale, active, factor = [], [found.token[where]], {CHOICE: found.inverse[where]}, {}, {}
+    first = int(torch.where(where.any(0))[0][0]) if bool(where.any()) else 0
     for name in parents.names:
         part, seen = subject.basis[name], found.sites[name]
-        full = activations(part, seen)
-        level.append(full[where])
-        vectors.append(errors(part, seen, full)[where])
-        if not isinstance(part, Components):
-            scale[name], active[name], factor[name] = seen.inverse[where], full[where], part.factor(seen.x[where])
+        if isinstance(part, Components):  # from the first chosen token on: no other one's pattern is needed
+            assert seen.pattern is not None
+            post = None if seen.post is None else seen.post[:, first:]
+            acts = part.activations(seen.x, seen.pattern[:, :, first:], post)[where[:, first:]]
+        else:
+            x = seen.x[where]
+            acts = part.activations(x)
+            scale[name], active[name], factor[name] = seen.inverse[where], acts, part.factor(x)
+        level.append(acts)
+        vectors.append(seen.y[where] - acts @ part.writes - part.constant)
     return Here(torch.cat(level, 1), torch.stack(vectors, 1), scale, active, factor, found.logits[where].argmax(-1), found.ids[where])
 
 

@@ -39,7 +39,7 @@ from graphs.graph import Index, index
 from graphs.prompts import padded
 
 PARTS = ("unfamiliar", "range", "pairs")
-STRONGEST = 24
+STRONGEST = 16
 """Targets of a block that are looked at in a token: those that write most."""
 FLOOR = 0.002
 """Least scale of a part: a share of the drive that nobody should be refused for."""
@@ -259,9 +259,10 @@ class Monitor:
 
 
 def _only(seen: Here, token: int) -> Here:
+    """One of the tokens."""
     one = slice(token, token + 1)
-    by_name = ({name: value[one] for name, value in table.items()} for table in (seen.scale, seen.active, seen.factor))
-    return Here(seen.level[one], seen.vectors[one], *by_name, seen.choice[one], seen.ids[one])
+    scale, active, factor = ({name: value[one] for name, value in table.items()} for table in (seen.scale, seen.active, seen.factor))
+    return Here(seen.level[one], seen.vectors[one], scale, active, factor, seen.choice[one], seen.ids[one])
 
 
 @torch.no_grad()
