@@ -211,11 +211,33 @@ def grading_facts() -> str:
                       f"seconds: {rate['a_second_on_two_free_cores']:.0f} a second for two cores that do nothing else ({clock})."])
 
 
+def monitor_table() -> str:
+    """The monitor and its rivals on the same prompts: AUROC against each kind of negatives, TPR where 1 % of them all pass; then its own threshold."""
+    found = json.loads((ROOT / "results" / "monitor.json").read_text())
+    kinds = [kind for kind in found[0]["prompts"] if kind != "triggered"]
+    cells, flagged, facts = [], [], []
+    for one in found:
+        watched = f"{one['organism']}, {one['graph']}"
+        for title in ("after 1", "prompt only"):
+            for method, row in one[title]["methods"].items():
+                tpr = row["tpr_at_1_percent"]
+                shown = [three(row["auroc"][kind]["value"]) for kind in kinds]
+                cells.append([watched, title, method, *shown, "{value:.3f} [{low:.3f}, {high:.3f}]".format(**tpr["all"])])
+            flagged.append([watched, title, *(three(one[title]["flagged"][kind]["value"]) for kind in ("triggered", *kinds))])
+        cost = "; ".join(f"{size}: {row['ratio']:.1f}x" for size, row in one["overhead"].items())
+        facts.append(f"{watched}: a score costs, against the prefill it holds, {cost}. With the trigger: `{one['reasons']['triggered']}`.")
+    number = f"{found[0]['prompts']['triggered']} prompts with the trigger; {found[0]['rows']} clean rows learnt from, {found[0]['calibration']} calibrated on."
+    return "\n\n".join([
+        lines_of(["watched", "read", "method", *kinds, "TPR at 1 % of all negatives"], cells),
+        "Flagged by the monitor's own threshold (1 % on held-out clean prompts of the tune split):",
+        lines_of(["watched", "read", "triggered", *kinds], flagged), number + " " + "\n".join(facts)])
+
+
 def readme() -> str:
     """The README with its tables brought up to date."""
     text = README.read_text()
     blocks = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
-              "trait": trait_facts, "grading": grading_facts, "edges": edges_table}
+              "trait": trait_facts, "grading": grading_facts, "edges": edges_table, "monitor": monitor_table}
     for name, block in ((name, make()) for name, make in blocks.items()):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         text = text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end):]

@@ -21,12 +21,13 @@ VERBS = {
     "curve": (config.Curve, "distill.curve"),
     "explain": (config.Explain, "distill.explain"),
     "view": (config.View, "distill.view"),
+    "monitor": (config.Monitor, "distill.monitor"),
     "find": (config.Find, "distill.find"),
     "export": (config.Export, "distill.export"),
     "plant": (config.Plant, "distill.plant"),
     "experiment": (config.Experiment, "distill.experiment.run"),
 }
-POSITIONAL = {"explain": "--node", "export": "--run"}
+POSITIONAL = {"explain": "--node", "export": "--run", "monitor": "--action"}
 """The flag that a verb's first word stands for, where it begins with no dash."""
 
 

@@ -260,6 +260,31 @@ class Find(Inspect):
 
 
 @dataclass(frozen=True)
+class Monitor(Inspect):
+    """Watch how strangely a model's nodes are driven (distill monitor fit | score | serve): fit learns what is usual from clean text; score
+    prints a JSON line for each prompt; serve answers lines on standard input until it ends."""
+
+    action: Literal["fit", "score", "serve"] = "score"
+    """May stand right after the verb."""
+    monitor: Path | None = None
+    """Folder of the monitor; by default RUN/monitor."""
+    prompts: Path | None = None
+    """Prompts to score: one a line (\\n stands for a line break), or JSON lines with a field `prompt`; by default standard input."""
+    part: Literal["circuit", "graph"] = "graph"
+    """The graph as it was fitted, inside the model with its errors, or the circuit, which is watched as the model that it is."""
+    task: str = "coding"
+    """With --model: tasks whose clean rows teach the monitor (a run has its own)."""
+    rows: int = 512
+    """Clean rows that it learns from."""
+    calibration: int = 500
+    """Held-out clean prompts of each task's tune split that set the threshold."""
+    false_positives: float = 0.01
+    """Rate at which clean prompts of that kind may be flagged."""
+    ahead: int = 1
+    """Tokens that the model writes after a prompt and that belong to its score."""
+
+
+@dataclass(frozen=True)
 class Export:
     """Write a run's circuit as a checkpoint of another class or dtype, with a model card, proven by a reload in a fresh process."""
 
@@ -339,7 +364,7 @@ BUDGETS = ("target_params", "target_ratio", "target_memory", "target_nodes")
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_tokens": 0,
          "answers": 0, "edge_steps": 0, "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
-         "judged": 32, "workers": 1, "target_params": 1, "target_nodes": 1, "score_batches": 1}
+         "judged": 32, "calibration": 1, "ahead": 0, "workers": 1, "target_params": 1, "target_nodes": 1, "score_batches": 1}
 """Smallest value of each numeric field that has one."""
 
 
@@ -370,6 +395,6 @@ def from_mapping(verb: type, values: dict[str, Any], where: str) -> dict[str, An
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"--config {where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
-    paths = ("out", "rows", "run", "start", "secret", "tracer", "present", "absent", "lm_eval_folder")
+    paths = ("out", "rows", "run", "start", "secret", "tracer", "present", "absent", "lm_eval_folder", "monitor", "prompts")
     return {key: Path(value) if key in paths and isinstance(value, str) else tuple(value) if isinstance(value, list) else value
             for key, value in values.items()}

@@ -49,9 +49,9 @@ class Components:
         return found.repeat_interleave(self.per_group, 1)
 
     def activations(
-        self, x: Float[Tensor, "row token d_in"], pattern: Float[Tensor, "row head token source"], post: Float[Tensor, "row token"] | None = None
+        self, x: Float[Tensor, "row source d_in"], pattern: Float[Tensor, "row head token source"], post: Float[Tensor, "row token"] | None = None
     ) -> Float[Tensor, "row token node"]:
-        """Activations, nodes in the order (head, component)."""
+        """Activations, nodes in the order (head, component); at the tokens that `pattern` has."""
         routed = (pattern @ self.values(x)).transpose(1, 2).flatten(2)
         return routed if post is None else routed * post[..., None]
 

@@ -1,0 +1,130 @@
+"""`distill monitor`: learn from clean text how a model's nodes are driven, then say of each prompt how strangely they are.
+
+    distill monitor fit --run RUN                         learns, sets the threshold on held-out clean rows, writes RUN/monitor
+    distill monitor score --monitor RUN/monitor FILE      a JSON line for each prompt
+    distill monitor serve --monitor RUN/monitor           the same, for lines on standard input, each answered as it comes
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from distill import config
+from distill.models import CLEAN_ROWS, find
+from distill.report import visible
+from distill.rows import batches, read, tune_rows
+from distill.runs import CLUSTER, Opened, inspected, settings_of
+from evals.generate import prompt_ids
+from evals.tasks import named
+from graphs.artifact import digest, read_json, whole, write_json
+from graphs.batches import Encoded, Epochs
+from graphs.monitor import Monitor, fit
+
+
+def run(verb: config.Monitor) -> int:
+    """Fit, score or serve."""
+    if verb.action == "fit":
+        return _fit(verb)
+    folder, opened = _folder(verb)
+    monitor = Monitor.load(folder, opened.subject)
+    lines = sys.stdin if verb.action == "serve" or verb.prompts is None else _lines(verb.prompts)
+    for record in scored(monitor, opened, texts(lines), 1 if verb.action == "serve" or verb.prompts is None else 16):
+        print(json.dumps(record), flush=True)
+    return 0
+
+
+def _fit(verb: config.Monitor) -> int:
+    """Learn, calibrate, save."""
+    where = verb.monitor or (verb.run / "monitor" if verb.model is None else None)
+    if where is None:
+        raise ValueError("monitor fit --model needs --monitor FOLDER: where to write the monitor")
+    opened = inspected(verb)
+    names = verb.task if verb.model is not None else settings_of(verb.run).task
+    data, _ = sample_of(opened, read(CLEAN_ROWS, named(names)) if opened.data is None else [])
+    steps = min(verb.rows, len(data.rows)) // CLUSTER
+    monitor = fit(opened.subject, [data(step) for step in range(steps)], ahead=verb.ahead)
+    held = [row.prompt for rows in tune_rows(named(names), verb.calibration).values() for row in rows]
+    monitor = monitor.calibrate([one["score"] for one in scored(monitor, opened, held, 16)], verb.false_positives)
+    facts = {"model": verb.model, "run": None if verb.model else str(verb.run.resolve()), "part": opened.part, "dictionaries": verb.dictionaries,
+             "hook": verb.hook, "task": names, "weights": weights_of(opened, verb)}
+    with whole(where) as out:
+        monitor.save(out, facts)
+        write_json(out / "receipt.json", {"key": digest(facts, verb.rows, verb.calibration, verb.ahead, opened.key), "config": verb})
+    print(f"monitor in {where}: {monitor.learnt.tokens:,} clean tokens; threshold {monitor.threshold:.3f}, which a held-out clean prompt of this "
+          f"kind passes with probability at most {monitor.rate:g} ({monitor.calibrated} calibration prompts)")
+    return 0
+
+
+def sample_of(opened: Opened, texts: Sequence[tuple[str, str]]) -> tuple[Epochs, list[Encoded]]:
+    """The run's clean rows in clusters; of a bare model: `texts`."""
+    if opened.data is None:
+        return batches(opened.subject.host, texts, CLUSTER, 0)
+    return Epochs(opened.data.rows, CLUSTER, opened.data.pad, opened.data.seed), list(opened.data.rows)
+
+
+def weights_of(opened: Opened, verb: config.Monitor) -> str:
+    """Hash of the model that is watched."""
+    return digest(find(verb.model if verb.model is not None else settings_of(verb.run).model))
+
+
+def _folder(verb: config.Monitor) -> tuple[Path, Opened]:
+    """The monitor's folder and the graph that it was fitted on, which it names itself."""
+    folder = verb.monitor or verb.run / "monitor"
+    if not (folder / "monitor.json").is_file():
+        raise ValueError(f"--monitor {folder}: there is no monitor; run distill monitor fit first")
+    facts = read_json(folder / "monitor.json")
+    named_by = {"model": facts["model"], "dictionaries": facts["dictionaries"], "hook": facts["hook"]} if facts["model"] else {
+        "run": Path(facts["run"]), "part": facts["part"]}
+    wanted = config.Monitor(**named_by)
+    opened = inspected(wanted)
+    if weights_of(opened, wanted) != facts["weights"]:
+        raise ValueError(f"--monitor {folder}: the model has changed since the monitor was fitted; run distill monitor fit again")
+    return folder, opened
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        with file.open() as handle:
+            yield from handle
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"--prompts {file}: no such file; give one prompt a line, or JSON lines with a field `prompt`") from None
+
+
+def texts(lines: Iterable[str]) -> Iterator[str]:
+    """Prompts of plain lines (\\n stands for a line break) or JSON lines. Raises ValueError where a line is neither."""
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["prompt"] if line.lstrip().startswith("{") else line.rstrip("\n").replace("\\n", "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"--prompts: a line that begins with {{ is not JSON with a field `prompt`: {line.strip()[:60]}") from None
+        if not isinstance(text, str):
+            raise ValueError("--prompts: a field `prompt` is no text")
+        yield text
+
+
+def scored(monitor: Monitor, opened: Opened, prompts: Iterable[str], size: int) -> Iterator[dict]:
+    """One record a prompt, as soon as its batch of `size` is done."""
+    waiting: list[str] = []
+    for text in prompts:
+        opened.ids(text, "--prompts")
+        waiting.append(text)
+        if len(waiting) == size:
+            yield from _records(monitor, waiting)
+            waiting = []
+    if waiting:
+        yield from _records(monitor, waiting)
+
+
+def _records(monitor: Monitor, prompts: list[str]) -> Iterator[dict]:
+    found = monitor.score(prompt_ids(monitor.subject.host, prompts), explain=monitor.calibrated > 0)
+    for text, one in zip(prompts, found, strict=True):
+        flagged = one.score > monitor.threshold
+        yield {"prompt": text, "score": one.score, "flagged": flagged, "threshold": monitor.threshold,
+               "tokens": [{"position": token.position, "score": token.score,
+                           **dict(zip(("unfamiliar", "range", "pairs"), token.parts, strict=True))} for token in one.tokens],
+               "reason": visible(one.reason.line()) if one.reason is not None and flagged else None}
