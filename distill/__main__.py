@@ -20,13 +20,16 @@ VERBS = {
     "graph": (config.Graph, "distill.graph"),
     "curve": (config.Curve, "distill.curve"),
     "explain": (config.Explain, "distill.explain"),
+    "understand": (config.Understand, "distill.understand"),
+    "gate": (config.Gate, "distill.gate"),
+    "test": (config.Test, "distill.regress"),
     "view": (config.View, "distill.view"),
     "find": (config.Find, "distill.find"),
     "export": (config.Export, "distill.export"),
     "plant": (config.Plant, "distill.plant"),
     "experiment": (config.Experiment, "distill.experiment.run"),
 }
-POSITIONAL = {"explain": "--node", "export": "--run"}
+POSITIONAL = {"explain": "--node", "export": "--run", "understand": "--run", "gate": "--run", "test": "--run"}
 """The flag that a verb's first word stands for, where it begins with no dash."""
 
 
