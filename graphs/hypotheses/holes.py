@@ -70,7 +70,7 @@ def _units(explained: Explained, texts: Sequence[Text]) -> Iterator[tuple[str, i
             yield f"{site}.error", 1, [Change(errors={site: explained.means.errors[site]})] * len(texts)
 
 
-def _hole(unit: str, nodes: int, kl: Sequence[Float[Tensor, "row token"]], prompts: Sequence[Prompts], most: int) -> Hole:
+def _hole(unit: str, nodes: int, kl: Sequence[Float[Tensor, "_row _token"]], prompts: Sequence[Prompts], most: int) -> Hole:
     texts = [one.text for one in prompts]
     counts = sum(bucketed(text.batch.completion.float().roll(-1, 1)).sum(0) for text in texts)
     sums = sum(bucketed(one).sum(0) for one in kl)

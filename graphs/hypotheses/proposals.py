@@ -137,7 +137,7 @@ def _part(one: Fitted, which: slice) -> Fitted:
     return Fitted(one.view, one.keys, codes, torch.bincount(codes, minlength=len(one.keys)).float())
 
 
-def looks(texts: Sequence[Text], patterns: Sequence[Float[Tensor, "row head token source"]], steps: int = 120) -> list[list[tuple[float, Look]]]:
+def looks(texts: Sequence[Text], patterns: Sequence[Float[Tensor, "_row head _token _source"]], steps: int = 120) -> list[list[tuple[float, Look]]]:
     """By head: each log-linear look with its divergence, KL(pattern || look) in nats a token on the last quarter of the batches; the
     simplest first."""
     split = max(1, 3 * len(texts) // 4)

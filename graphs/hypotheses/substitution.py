@@ -240,6 +240,18 @@ def joined(parts: Sequence[tuple[str, Looking | Held]]) -> Change:
     return Change(looks, values)
 
 
+def merged(parts: Sequence[tuple[str, Looking | Held]]) -> list[tuple[str, Looking | Held]]:
+    """The same with all values of a site in one piece, which runs faster."""
+    found: list[tuple[str, Looking | Held]] = [(site, what) for site, what in parts if isinstance(what, Looking)]
+    by_site: dict[str, list[Held]] = {}
+    for site, what in parts:
+        if isinstance(what, Held):
+            by_site.setdefault(site, []).append(what)
+    for site, many in by_site.items():
+        found.append((site, Held(torch.cat([one.nodes for one in many]), torch.cat([one.values for one in many], -1))))
+    return found
+
+
 def divergences(
     logits: Float[Tensor, "row token vocabulary"], target: Float[Tensor, "row token vocabulary"], batch: Batch
 ) -> Float[Tensor, "row token"]:

@@ -36,7 +36,20 @@ from graphs.edges import Reconstruction
 from graphs.graph import Index
 from graphs.hypotheses.hypothesis import Hypothesis, Sum
 from graphs.hypotheses.study import coded_heads
-from graphs.hypotheses.substitution import Change, Equations, Looking, Means, coded, compiled, dealt, divergences, place, run, uniform
+from graphs.hypotheses.substitution import (
+    Change,
+    Equations,
+    Looking,
+    Means,
+    coded,
+    compiled,
+    dealt,
+    divergences,
+    merged,
+    place,
+    run,
+    uniform,
+)
 from graphs.hypotheses.verdict import Share, resampled
 from graphs.hypotheses.views import Text
 from graphs.intervene import Held
@@ -113,7 +126,7 @@ def _batch(explained: Explained, prompts: Prompts, seed: int) -> Scored:
     """All 64 coalitions, and 32 of the null, on one batch. Coalitions that differ in added logits alone share a run."""
     text, members = prompts.text, explained.members()
     tables = [one for one in explained.accepted if not isinstance(one.rule, Sum)]
-    said: list[Said] = [("code", *coded(explained.nodes, text, one)) for one in tables]
+    said: list[Said] = [("code", site, what) for site, what in merged([coded(explained.nodes, text, one) for one in tables])]
     equations = compiled(explained.nodes, explained.subject, [one for one in explained.accepted if isinstance(one.rule, Sum)])
 
     def game(players: Sequence[set[str]], said: Sequence[Said], equations: Mapping[str, Equations]) -> Float[Tensor, "coalition row bucket"]:

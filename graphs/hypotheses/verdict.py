@@ -90,7 +90,7 @@ class Bench:
     means: Means
     texts: list[Text]
     traces: list[Trace]
-    targets: list[Float[Tensor, "row token vocabulary"]]
+    targets: list[Float[Tensor, "_row _token vocabulary"]]
     seed: int = 0
 
     @staticmethod
