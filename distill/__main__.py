@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from distill import config
+from distill import config, config_hypotheses
 
 VERBS = {
     "prune": (config.Prune, "distill.prune"),
@@ -20,9 +20,9 @@ VERBS = {
     "graph": (config.Graph, "distill.graph"),
     "curve": (config.Curve, "distill.curve"),
     "explain": (config.Explain, "distill.explain"),
-    "understand": (config.Understand, "distill.understand"),
-    "gate": (config.Gate, "distill.gate"),
-    "test": (config.Test, "distill.regress"),
+    "understand": (config_hypotheses.Understand, "distill.understand"),
+    "gate": (config_hypotheses.Gate, "distill.gate"),
+    "test": (config_hypotheses.Test, "distill.regress"),
     "view": (config.View, "distill.view"),
     "find": (config.Find, "distill.find"),
     "export": (config.Export, "distill.export"),

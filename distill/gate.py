@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 
-from distill import config
+from distill.config_hypotheses import Gate
 from distill.understand import named_file
 from graphs.artifact import read_json
 from graphs.hypotheses.understanding import NULL
 
 
-def run(verb: config.Gate) -> int:
+def run(verb: Gate) -> int:
     """Read what `distill understand` measured; 1 where a bound is missed."""
     file = verb.run / named_file("circuit")
     if not file.is_file():

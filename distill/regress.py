@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distill import config
+from distill.config_hypotheses import Test
 from distill.report import visible
 from distill.rows import DEFENDER_SEED
 from distill.runs import Opened, reopen, settings_of
@@ -51,7 +51,7 @@ class Line:
     failed: bool
 
 
-def run(verb: config.Test) -> int:
+def run(verb: Test) -> int:
     """Test and print; 1 where any fails."""
     lines = measure(verb)
     failed = sum(line.failed for line in lines)
@@ -59,7 +59,7 @@ def run(verb: config.Test) -> int:
     return 1 if failed else 0
 
 
-def measure(verb: config.Test) -> list[Line]:
+def measure(verb: Test) -> list[Line]:
     """Every accepted hypothesis on held-out and shifted rows. Raises ValueError where the checkpoint has not the circuit's shape."""
     accepted = [one.hypothesis for one in kept(verb.run, "circuit") if one.evidence.accepted]
     if not accepted:
@@ -81,7 +81,7 @@ def compare(one: Hypothesis, rows: str, before: Bench, after: Bench, drop: float
     return Line(one.target, one.rule.said(), rows, was.recovered.value, now.recovered.value, was.ablated, now.ablated, lost)
 
 
-def rows(verb: config.Test, opened: Opened) -> dict[str, list[Batch]]:
+def rows(verb: Test, opened: Opened) -> dict[str, list[Batch]]:
     """Held-out rows, and each again behind another whole row."""
     host = opened.model
     texts = [row for task in named(settings_of(verb.run).task) for row in task.rows("test", verb.prompts, seed=DEFENDER_SEED)]
@@ -92,7 +92,7 @@ def rows(verb: config.Test, opened: Opened) -> dict[str, list[Batch]]:
             for name, found in (("held out", plain), ("shifted", shifted)) if found}
 
 
-def in_basis_of(opened: Opened, verb: config.Test, host: Host) -> dict[str, Dictionary | Components]:
+def in_basis_of(opened: Opened, verb: Test, host: Host) -> dict[str, Dictionary | Components]:
     """The checkpoint's own neurons and heads under the names that the circuit's nodes have."""
     stored = Replacement.load(verb.run / "circuit", opened.model)  # as it was compiled, before its components were given names
     found: dict[str, Dictionary | Components] = {}
@@ -126,7 +126,7 @@ def renamed(own: Components, before: Components, after: Components) -> Component
     return Components(torch.stack(reads).to(own.read), torch.stack(biases).to(own.read), torch.stack(writes).to(own.read), own.constant)
 
 
-def page(verb: config.Test, lines: list[Line]) -> str:
+def page(verb: Test, lines: list[Line]) -> str:
     """What a person reads: what failed, first what lost most."""
     failed = sorted((line for line in lines if line.failed), key=lambda line: line.after - line.before)
     said: list[str] = []

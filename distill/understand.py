@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill import config
+from distill.config_hypotheses import Understand
 from distill.rows import DEFENDER_SEED, tune_rows
 from distill.runs import Opened, reopen, settings_of
 from evals.tasks import Row, named
@@ -39,7 +39,7 @@ BATCH, ORDERED = 24, 4
 """Rows a batch, and batches that say which nodes matter."""
 
 
-def run(verb: config.Understand) -> int:
+def run(verb: Understand) -> int:
     """Measure, write, print."""
     found = measure(verb)
     write_json(verb.run / named_file(verb.part), found)
@@ -52,7 +52,7 @@ def named_file(part: str) -> str:
     return "understanding.json" if part == "circuit" else f"understanding-{part}.json"
 
 
-def measure(verb: config.Understand) -> dict[str, Any]:
+def measure(verb: Understand) -> dict[str, Any]:
     """Everything that `page` shows, as plain data."""
     settings = settings_of(verb.run)
     if settings.basis == "layers":
@@ -81,7 +81,7 @@ def _data(found: Understanding | None) -> dict[str, Any] | None:
     return None if found is None else asdict(found)
 
 
-def hypotheses(verb: config.Understand, opened: Opened) -> list[Judged]:
+def hypotheses(verb: Understand, opened: Opened) -> list[Judged]:
     """The run's hypotheses: made once for the same settings, found again under RUN/hypotheses/."""
     folder = verb.run / "hypotheses" / opened.part
     key = digest(opened.key, FORMAT, verb.rows, verb.judged, verb.tested, verb.seed)
@@ -105,7 +105,7 @@ def kept(folder: Path, part: str) -> list[Judged]:
     return [Judged.read(one) for one in read_json(file)]
 
 
-def propose(verb: config.Understand, opened: Opened) -> list[Judged]:
+def propose(verb: Understand, opened: Opened) -> list[Judged]:
     """Make and judge hypotheses."""
     assert opened.replacement is not None and opened.data is not None  # a run has both
     subject, sample = opened.subject, opened.sample(verb.rows)
@@ -124,7 +124,7 @@ def batched(opened: Opened, rows: Sequence[Row]) -> list[Batch]:
     return list(Epochs(texts, BATCH, host.tokenizer.eos_token_id, 0).once())
 
 
-def dropped(verb: config.Understand, opened: Opened) -> dict[str, Tensor]:
+def dropped(verb: Understand, opened: Opened) -> dict[str, Tensor]:
     """Nodes of the fitted graph that the circuit dropped, by site; nothing for a circuit. Raises ValueError where the run does not say."""
     if opened.part == "circuit":
         return {}

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from distill.__main__ import main
+from distill.config_hypotheses import Test as Verb
+from distill.regress import rows as rows_of_test
+from distill.runs import reopen
 from graphs.artifact import read_json, write_json
 from graphs.attention import standing_in
 from graphs.edges import Reconstruction
@@ -18,6 +21,7 @@ from graphs.hypotheses.proposals import fitted, tables
 from graphs.hypotheses.study import watch
 from graphs.hypotheses.substitution import means
 from graphs.hypotheses.understanding import BUCKETS, GROUPS, NULL, Explained, Prompts, bucketed, score, shapley, understanding
+from graphs.hypotheses.verdict import Evidence, Judged, Share
 from graphs.hypotheses.views import Text
 from tests.test_edges import neuron_basis, random_basis
 from tests.test_hypotheses import rows, with_previous_token_head
@@ -147,16 +151,32 @@ def test_the_gate_and_the_test_ask_for_what_is_missing(tiny_run, capsys):
     assert main(["test", str(tiny_run), "--on", str(tiny_run / "checkpoint")]) == 2 and "no hypotheses yet" in capsys.readouterr().err
 
 
-def test_hypotheses_hold_in_the_compiled_checkpoint_and_break_in_a_changed_one(measured, tmp_path, capsys):
-    file = measured / "hypotheses" / "circuit" / "hypotheses.json"
-    kept = read_json(file)
-    assert any(not one["evidence"]["why"] for one in kept)
-    argv = ["test", str(measured), "--prompts", "8"]
-    assert main([*argv, "--on", str(measured / "checkpoint"), "--json"]) == 0
+@pytest.fixture(scope="module")
+def known(measured, tmp_path_factory):
+    """The same run with hypotheses of the first MLP that are right on the very rows that the test draws: every triple of tokens listed."""
+    folder = shutil.copytree(measured, tmp_path_factory.mktemp("known") / "run")
+    opened = reopen(folder, "circuit")
+    nodes = index(opened.subject.host, opened.subject.basis)
+    seen = watch(opened.subject, nodes, rows_of_test(Verb(on=folder, run=folder, prompts=8), opened)["held out"], 0)
+    patch, made = pytest.MonkeyPatch(), []
+    patch.setattr("graphs.hypotheses.proposals.SEEN", 1)
+    views = [fitted(seen.texts, name) for name in ("triple", "pair", "token")]
+    for node in seen.own["L0.mlp"].var(0).topk(3).indices.tolist():
+        rule = tables(views, seen.own["L0.mlp"][:, node : node + 1], 10**6)
+        made.append(Judged(Hypothesis(f"L0.F{node}", rule), Evidence(1.0, 1e-3, Share(1.0, 1.0, 1.0), None)))
+    patch.undo()
+    write_json(folder / "hypotheses" / "circuit" / "hypotheses.json", [one.data() for one in made])
+    return folder
+
+
+def test_hypotheses_hold_in_the_compiled_checkpoint_and_break_in_a_changed_one(known, tmp_path, capsys):
+    argv = ["test", str(known), "--prompts", "8"]
+    assert main([*argv, "--on", str(known / "checkpoint"), "--json"]) == 0
     lines = json.loads(capsys.readouterr().out)
-    assert {line["rows"] for line in lines} == {"held out", "shifted"}
+    assert {line["rows"] for line in lines} == {"held out", "shifted"} and len(lines) == 6
+    assert all(line["before"] > 0.5 for line in lines if line["rows"] == "held out")
     assert all(line["before"] == pytest.approx(line["after"], abs=2e-2) for line in lines)
-    host = load(measured / "checkpoint")
+    host = load(known / "checkpoint")
     with torch.no_grad():
         for site in host.sites:
             for weight in host.module(site.module).parameters():
@@ -167,6 +187,6 @@ def test_hypotheses_hold_in_the_compiled_checkpoint_and_break_in_a_changed_one(m
     assert "FAIL" in said and "- recovers" in said and "+ recovers" in said
 
 
-def test_a_checkpoint_of_another_shape_is_refused(measured, tiny_model_folder, capsys):
-    assert main(["test", str(measured), "--on", str(tiny_model_folder)]) == 2
+def test_a_checkpoint_of_another_shape_is_refused(known, tiny_model_folder, capsys):
+    assert main(["test", str(known), "--on", str(tiny_model_folder)]) == 2
     assert "give " in capsys.readouterr().err
