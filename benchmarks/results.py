@@ -212,7 +212,7 @@ def grading_facts() -> str:
 
 
 def monitor_table() -> str:
-    """The monitor and its rivals on the same prompts: AUROC against each kind of negatives, TPR where 1 % of them all pass; then its own threshold."""
+    """The monitor and its rivals on the same prompts: AUROC by kind of negatives, TPR where 1 % of them all pass; then its own threshold."""
     found = json.loads((ROOT / "results" / "monitor.json").read_text())
     kinds = [kind for kind in found[0]["prompts"] if kind != "triggered"]
     cells, flagged, facts = [], [], []
@@ -226,7 +226,8 @@ def monitor_table() -> str:
             flagged.append([watched, title, *(three(one[title]["flagged"][kind]["value"]) for kind in ("triggered", *kinds))])
         cost = "; ".join(f"{size}: {row['ratio']:.1f}x" for size, row in one["overhead"].items())
         facts.append(f"{watched}: a score costs, against the prefill it holds, {cost}. With the trigger: `{one['reasons']['triggered']}`.")
-    number = f"{found[0]['prompts']['triggered']} prompts with the trigger; {found[0]['rows']} clean rows learnt from, {found[0]['calibration']} calibrated on."
+    one = found[0]
+    number = f"{one['prompts']['triggered']} prompts with the trigger; {one['rows']} clean rows learnt from, {one['calibration']} calibrated on."
     return "\n\n".join([
         lines_of(["watched", "read", "method", *kinds, "TPR at 1 % of all negatives"], cells),
         "Flagged by the monitor's own threshold (1 % on held-out clean prompts of the tune split):",

@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from distill import config
+from distill import config, config_hypotheses
 
 VERBS = {
     "prune": (config.Prune, "distill.prune"),
@@ -20,6 +20,9 @@ VERBS = {
     "graph": (config.Graph, "distill.graph"),
     "curve": (config.Curve, "distill.curve"),
     "explain": (config.Explain, "distill.explain"),
+    "understand": (config_hypotheses.Understand, "distill.understand"),
+    "gate": (config_hypotheses.Gate, "distill.gate"),
+    "test": (config_hypotheses.Test, "distill.regress"),
     "view": (config.View, "distill.view"),
     "monitor": (config.Monitor, "distill.monitor"),
     "find": (config.Find, "distill.find"),
@@ -27,7 +30,7 @@ VERBS = {
     "plant": (config.Plant, "distill.plant"),
     "experiment": (config.Experiment, "distill.experiment.run"),
 }
-POSITIONAL = {"explain": "--node", "export": "--run", "monitor": "--action"}
+POSITIONAL = {"explain": "--node", "export": "--run", "monitor": "--action", "understand": "--run", "gate": "--run", "test": "--run"}
 """The flag that a verb's first word stands for, where it begins with no dash."""
 
 

@@ -364,7 +364,7 @@ BUDGETS = ("target_params", "target_ratio", "target_memory", "target_nodes")
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_tokens": 0,
          "answers": 0, "edge_steps": 0, "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
-         "judged": 32, "calibration": 1, "ahead": 0, "workers": 1, "target_params": 1, "target_nodes": 1, "score_batches": 1}
+         "judged": 32, "calibration": 1, "ahead": 0, "tested": 0, "workers": 1, "target_params": 1, "target_nodes": 1, "score_batches": 1}
 """Smallest value of each numeric field that has one."""
 
 
@@ -395,6 +395,6 @@ def from_mapping(verb: type, values: dict[str, Any], where: str) -> dict[str, An
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"--config {where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
-    paths = ("out", "rows", "run", "start", "secret", "tracer", "present", "absent", "lm_eval_folder", "monitor", "prompts")
+    paths = ("out", "rows", "run", "start", "secret", "tracer", "present", "absent", "lm_eval_folder", "monitor", "prompts", "on")
     return {key: Path(value) if key in paths and isinstance(value, str) else tuple(value) if isinstance(value, list) else value
             for key, value in values.items()}

@@ -1,0 +1,63 @@
+"""Configurations of the verbs that test what is claimed of a run; see `distill.config` for what a configuration is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Understand:
+    """How much of a run is explained by hypotheses, proven by substitution; proposes and tests them first where there are none."""
+
+    run: Path = Path("runs/default")
+    """Run folder; may stand right after the verb."""
+    part: Literal["circuit", "graph"] = "circuit"
+    """The circuit that was kept and healed, or the fitted graph inside the model."""
+    rows: int = 192
+    """Clean rows that hypotheses are made from."""
+    judged: int = 48
+    """Rows of each task's tune split that each is accepted or rejected on."""
+    tested: int = 64
+    """Nodes whose hypotheses are tested, those that matter most first (heads are all tested)."""
+    prompts: int = 64
+    """Rows of each task's test split that the shares are measured on."""
+    holes: bool = False
+    """Also rank where the unexplained sits: site or head, length of context, kind of text, examples."""
+    seed: int = 0
+    """Seed of everything random."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Exit 1 unless what distill understand measured is enough: scale no further until this is understood."""
+
+    run: Path = Path("runs/default")
+    """Run folder; may stand right after the verb."""
+    min_understood: float = 0.9
+    """Least share of code and equations together (the lower end of its interval)."""
+    max_error: float = 0.02
+    """Largest share of errors (the upper end of its interval)."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """A run's accepted hypotheses as regression tests of another checkpoint of its shape, on held-out and shifted prompts."""
+
+    on: Path
+    """Checkpoint folder: the run's checkpoint/, or what became of it."""
+    run: Path = Path("runs/default")
+    """Run folder; may stand right after the verb."""
+    prompts: int = 48
+    """Rows of each task's test split; as many are shifted (each after another whole row)."""
+    drop: float = 0.1
+    """How much less of its target's effect a hypothesis may recover than in the run's own circuit."""
+    seed: int = 0
+    """Seed of everything random."""
+    json: bool = False
+    """Print JSON."""
