@@ -19,7 +19,7 @@ class Understand:
     """Clean rows that hypotheses are made from."""
     judged: int = 48
     """Rows of each task's tune split that each is accepted or rejected on."""
-    tested: int = 64
+    tested: int = 128
     """Nodes whose hypotheses are tested, those that matter most first (heads are all tested)."""
     prompts: int = 64
     """Rows of each task's test split that the shares are measured on."""
