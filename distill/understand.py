@@ -176,7 +176,8 @@ def page(found: dict[str, Any]) -> str:
               f"Understood: code and equations. Shuffled: must be at most {NULL}. In brackets: nodes. Without: change of v(all)."]
     lines += ["", "accepted, what matters most first"]
     for one in sorted(accepted, key=lambda one: -one["evidence"]["ablated"] * one["evidence"]["recovered"]["value"])[:20]:
-        lines.append(f"  {one['evidence']['recovered']['value']:5.2f} of {one['evidence']['ablated']:.1e} nats, {one['numbers']} numbers  {one['line']}")
+        held = one["evidence"]
+        lines.append(f"  {held['recovered']['value']:5.2f} of {held['ablated']:.1e} nats, {one['numbers']} numbers  {one['line']}")
     if found["holes"]:
         lines += ["", "holes, largest first (nats a token when it alone is ablated; output: KL from the model to the circuit)"]
         lines += [_hole(one) for one in found["holes"][:15]]

@@ -197,8 +197,8 @@ def bucketed(values: Float[Tensor, "row token"]) -> Float[Tensor, "row bucket"]:
 
 @dataclass(frozen=True)
 class Understanding:
-    """shares by group; without: v(all) - v(all but the group); understood: code and equations together; whole: v(all); null: what shuffled hypotheses score; nothing:
-    KL(nothing) in nats a token; tokens judged."""
+    """shares by group; without: v(all) - v(all but the group); understood: code and equations together; whole: v(all); null: what shuffled
+    hypotheses score; nothing: KL(nothing) in nats a token; tokens judged."""
 
     shares: dict[str, Share]
     without: dict[str, Share]
