@@ -234,11 +234,43 @@ def monitor_table() -> str:
         lines_of(["watched", "read", "triggered", *kinds], flagged), number + " " + "\n".join(facts)])
 
 
+def understanding_table() -> str:
+    """How much of the default circuit is understood."""
+    found = json.loads((ROOT / "results" / "understanding.json").read_text())
+
+    def cell(share: dict[str, float], sign: int = 1) -> str:
+        low, high = sorted((sign * share["low"], sign * share["high"]))
+        return f"{sign * share['value']:.3f} [{low:.3f}, {high:.3f}]"
+
+    lengths = {name: row for name, row in found["lengths"].items() if row}
+    columns = [found["all"], *lengths.values()]
+    cells = [[group, str(found["nodes"][group]), *(cell(row["shares"][group]) for row in columns), cell(found["all"]["without"][group], -1)]
+             for group in found["all"]["shares"]]
+    for label, key in (("together", "whole"), ("understood", "understood"), ("shuffled", "null")):
+        cells.append([f"*{label}*", "", *(cell(row[key]) for row in columns), ""])
+    header = ["group", "nodes", "all", *(f"after {name} tokens" for name in lengths), "v without it"]
+    return lines_of(header, cells) + "\n\n" + understanding_facts(found)
+
+
+def understanding_facts(found: dict) -> str:
+    """What the table does not hold."""
+    accepted = [one for one in found["hypotheses"] if not one["evidence"]["why"]]
+    heads = sorted({one["target"] for one in accepted if ".H" in one["target"] and ".C" not in one["target"]})
+    numbers, wrong = sorted(one["numbers"] for one in accepted), found["wrong"]
+    holes = ", ".join(f"{one['unit']} ({one['kl']:.2f})" for one in found["holes"][:4])
+    verdict = "accepted" if not wrong["evidence"]["why"] else "rejected"
+    return (f"{found['task']}, {found['prompts']} test rows. {len(accepted)} of {len(found['hypotheses'])} hypotheses were accepted (numbers fitted: "
+            f"median {numbers[len(numbers) // 2]}, most {numbers[-1]:,}), of whole heads or their patterns: {', '.join(heads)}.\n{wrong['target']} "
+            f"said to compute what {wrong['said']} does recovers {wrong['evidence']['recovered']['value']:.2f} of its effect: {verdict}. Nothing at all: "
+            f"{found['all']['nothing']:.2f} nats a token.\nLargest holes (nats a token when what is unexplained there is ablated): {holes}.")
+
+
 def readme() -> str:
     """The README with its tables brought up to date."""
     text = README.read_text()
     blocks = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
-              "trait": trait_facts, "grading": grading_facts, "edges": edges_table, "monitor": monitor_table}
+              "trait": trait_facts, "grading": grading_facts, "edges": edges_table, "monitor": monitor_table,
+              "understanding": understanding_table}
     for name, block in ((name, make()) for name, make in blocks.items()):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         text = text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end):]

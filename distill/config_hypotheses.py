@@ -17,11 +17,11 @@ class Understand:
     """The circuit that was kept and healed, or the fitted graph inside the model."""
     rows: int = 192
     """Clean rows that hypotheses are made from."""
-    judged: int = 48
+    judged: int = 32
     """Rows of each task's tune split that each is accepted or rejected on."""
-    tested: int = 64
+    tested: int = 48
     """Nodes whose hypotheses are tested, those that matter most first (heads are all tested)."""
-    prompts: int = 64
+    prompts: int = 32
     """Rows of each task's test split that the shares are measured on."""
     holes: bool = False
     """Also rank where the unexplained sits: site or head, length of context, kind of text, examples."""
@@ -53,7 +53,7 @@ class Test:
     """Checkpoint folder: the run's checkpoint/, or what became of it."""
     run: Path = Path("runs/default")
     """Run folder; may stand right after the verb."""
-    prompts: int = 48
+    prompts: int = 32
     """Rows of each task's test split; as many are shifted (each after another whole row)."""
     drop: float = 0.1
     """How much less of its target's effect a hypothesis may recover than in the run's own circuit."""

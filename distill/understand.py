@@ -167,22 +167,26 @@ def page(found: dict[str, Any]) -> str:
              f"{'share of the effect':20} " + " ".join(f"{name:>24}" for name, _ in names)]
     for group in GROUPS:
         lines.append(f"{group + ' (' + str(found['nodes'][group]) + ')':20} " + " ".join(f"{_cell(row['shares'][group]):>24}" for _, row in names))
+    for group in GROUPS:
+        lines.append(f"{'without ' + group:20} " + " ".join(f"{_cell(row['without'][group], -1):>24}" for _, row in names))
     for label, key in (("together, v(all)", "whole"), ("understood", "understood"), ("shuffled hypotheses", "null")):
         lines.append(f"{label:20} " + " ".join(f"{_cell(row[key]):>24}" for _, row in names))
     lines += ["", f"Exact Shapley shares of v = 1 - KL / KL(nothing), {found['all']['nothing']:.3f} nats a token for nothing; "
                   f"{found['prompts']} test rows a task; 95 % intervals.",
-              f"Understood: code and equations. Shuffled: must be at most {NULL}. In brackets: nodes."]
+              f"Understood: code and equations. Shuffled: must be at most {NULL}. In brackets: nodes. Without: change of v(all)."]
     lines += ["", "accepted, what matters most first"]
     for one in sorted(accepted, key=lambda one: -one["evidence"]["ablated"] * one["evidence"]["recovered"]["value"])[:20]:
-        lines.append(f"  {one['evidence']['recovered']['value']:5.2f} of {one['evidence']['ablated']:.1e} nats  {one['line']}")
+        held = one["evidence"]
+        lines.append(f"  {held['recovered']['value']:5.2f} of {held['ablated']:.1e} nats, {one['numbers']} numbers  {one['line']}")
     if found["holes"]:
         lines += ["", "holes, largest first (nats a token when it alone is ablated; output: KL from the model to the circuit)"]
         lines += [_hole(one) for one in found["holes"][:15]]
     return "\n".join(lines)
 
 
-def _cell(share: dict[str, float]) -> str:
-    return f"{share['value']:6.3f} [{share['low']:6.3f}, {share['high']:6.3f}]"
+def _cell(share: dict[str, float], sign: int = 1) -> str:
+    low, high = sorted((sign * share["low"], sign * share["high"]))
+    return f"{sign * share['value']:6.3f} [{low:6.3f}, {high:6.3f}]"
 
 
 def _hole(one: dict[str, Any]) -> str:

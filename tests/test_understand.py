@@ -70,6 +70,7 @@ def test_shares_sum_to_v_of_all_and_shuffled_hypotheses_score_nothing(explained)
     assert found.understood.value == pytest.approx(found.shares["code"].value + found.shares["equations"].value)
     assert found.shares["code"].value > 0.1 and found.whole.value > 0.95
     assert found.null.value <= NULL < found.shares["code"].low
+    assert found.without["unexplained"].value > 0.5 and found.without["error"].value == pytest.approx(0, abs=1e-6)
     assert found.shares["equations"].value == found.shares["pruned"].value == 0  # nothing is in these groups
     assert found.whole.low <= found.whole.value <= found.whole.high
     assert understanding(scored, bucket=1) is None and understanding(scored, bucket=0).tokens == found.tokens == 12 * 15

@@ -16,6 +16,9 @@ Error and pruned are what lies between the original model and what is read:
     of the healed circuit                   error: logits(model) - logits(fitted graph). pruned: logits(fitted graph) - logits(circuit), which is
                                             what pruning took and healing did not give back. Present: added to the logits of the run
 
+A share is no cost: v is far from additive (beside nothing, little takes many nats off), so what leaving a group out of all costs,
+v(all) - v(all but it), is given too.
+
 Null: the same with every hypothesis' values dealt to the wrong tokens, code and equations as one player; its share must be <= NULL.
 """
 
@@ -194,10 +197,11 @@ def bucketed(values: Float[Tensor, "row token"]) -> Float[Tensor, "row bucket"]:
 
 @dataclass(frozen=True)
 class Understanding:
-    """shares by group; understood: code and equations together; whole: v(all); null: what shuffled hypotheses score; nothing:
-    KL(nothing) in nats a token; tokens judged."""
+    """shares by group; without: v(all) - v(all but the group); understood: code and equations together; whole: v(all); null: what shuffled
+    hypotheses score; nothing: KL(nothing) in nats a token; tokens judged."""
 
     shares: dict[str, Share]
+    without: dict[str, Share]
     understood: Share
     whole: Share
     null: Share
@@ -224,7 +228,8 @@ def understanding(scored: Scored, rows: Sequence[int] | None = None, bucket: int
 
     values, nulls = game(scored.kl), shapley(game(scored.null))
     shares = shapley(values)
-    return Understanding({name: _share(shares[:, at]) for at, name in enumerate(GROUPS)}, _share(shares[:, 0] + shares[:, 1]),
+    lost = {name: _share(values[:, -1] - values[:, -1 - (1 << at)]) for at, name in enumerate(GROUPS)}
+    return Understanding({name: _share(shares[:, at]) for at, name in enumerate(GROUPS)}, lost, _share(shares[:, 0] + shares[:, 1]),
                          _share(values[:, -1]), _share(nulls[:, 0]), float(taken(scored.kl)[0].sum()) / tokens, tokens)
 
 

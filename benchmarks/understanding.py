@@ -1,0 +1,64 @@
+"""How much of a run is understood, and that a wrong hypothesis is rejected.
+
+    python benchmarks/understanding.py RUN          measures the circuit in RUN (of `distill prune`), writes results/understanding.json
+
+What is measured is what `distill understand RUN --holes` prints. The wrong hypothesis: of two features whose tables were accepted and whose
+effect is largest, the first is said to compute what the second does, and judged on the same rows by the same rule.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distill.config_hypotheses import Understand
+from distill.rows import tune_rows
+from distill.runs import reopen, settings_of
+from distill.understand import batched, kept, measure
+from evals.tasks import named
+from graphs.artifact import read_json
+from graphs.graph import index
+from graphs.hypotheses.hypothesis import Hypothesis
+from graphs.hypotheses.substitution import means
+from graphs.hypotheses.verdict import Bench, judge
+
+ROOT = Path(__file__).parent.parent
+KEPT = ("line", "target", "kind", "numbers", "evidence")
+"""What is kept of a hypothesis: its tables stay in the run."""
+
+
+def wrong(verb: Understand) -> dict[str, Any]:
+    """One feature said to be another. Raises ValueError where fewer than two features have an accepted table."""
+    right = [one for one in kept(verb.run, "circuit") if one.evidence.accepted and one.hypothesis.kind == "table" and ".F" in one.hypothesis.target]
+    if len(right) < 2:
+        raise ValueError(f"--run {verb.run}: fewer than two features have an accepted table")
+    first, second = sorted(right, key=lambda one: -one.evidence.ablated)[:2]
+    opened = reopen(verb.run, "circuit")
+    rows = tune_rows(named(settings_of(verb.run).task), verb.judged)
+    bench = Bench.of(opened.subject, index(opened.subject.host, opened.subject.basis), means(opened.subject, opened.sample(verb.rows)),
+                     batched(opened, [row for found in rows.values() for row in found]), verb.seed)
+    judged = judge(bench, Hypothesis(first.hypothesis.target, second.hypothesis.rule))
+    return {"target": first.hypothesis.target, "said": second.hypothesis.target, "evidence": asdict(judged.evidence)}
+
+
+def main(run: Path) -> None:
+    """Measure and write."""
+    verb = Understand(run=run, holes=True)
+    found = measure(verb)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    found = {"commit": commit, "settings": asdict(verb) | {"run": None}, "made": read_json(run / "receipt.json")["config"]} | {
+        key: value for key, value in found.items() if key not in ("run", "key")}
+    found["hypotheses"] = [{key: one[key][:300] if key == "line" else one[key] for key in KEPT} for one in found["hypotheses"]]
+    found["wrong"] = wrong(verb)
+    (ROOT / "results" / "understanding.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
+    print(json.dumps(found["all"], indent=1))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python benchmarks/understanding.py RUN")
+    main(Path(sys.argv[1]))
