@@ -4,6 +4,7 @@
     python benchmarks/results.py keep NAME FOLDER   takes the row from a finished run of that command (make demo is `default`);
                                                     a third word, `beside`, says that other work ran then: no time is shown
     python benchmarks/results.py rivals FOLDER      makes and judges the rivals of a finished run, writes distill/assets/rivals.jsonl
+    python benchmarks/results.py experiment SUITE FOLDER    keeps the rows of distill experiment --suite SUITE --out FOLDER
     python benchmarks/results.py readme   writes the README's tables from those files; the tests check that they are current
 
 A row holds the command, the flat summary that the run wrote, the gates, the commit and the versions; nothing is typed by hand.
@@ -11,12 +12,14 @@ A row holds the command, the flat summary that the run wrote, the gates, the com
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.experiment import summary, tables
 from evals.statistics import crossed_difference
 
 ROOT = Path(__file__).parent.parent
@@ -261,8 +264,25 @@ def understanding_facts(found: dict) -> str:
     verdict = "accepted" if not wrong["evidence"]["why"] else "rejected"
     return (f"{found['task']}, {found['prompts']} test rows. {len(accepted)} of {len(found['hypotheses'])} hypotheses were accepted (numbers fitted: "
             f"median {numbers[len(numbers) // 2]}, most {numbers[-1]:,}), of whole heads or their patterns: {', '.join(heads)}.\n{wrong['target']} "
-            f"said to compute what {wrong['said']} does recovers {wrong['evidence']['recovered']['value']:.2f} of its effect: {verdict}. Nothing at all: "
-            f"{found['all']['nothing']:.2f} nats a token.\nLargest holes (nats a token when what is unexplained there is ablated): {holes}.")
+            f"said to compute what {wrong['said']} does recovers {wrong['evidence']['recovered']['value']:.2f} of its effect: {verdict}. "
+            f"Nothing at all: {found['all']['nothing']:.2f} nats a token.\n"
+            f"Largest holes (nats a token when what is unexplained there is ablated): {holes}.")
+
+
+def experiment_table() -> str:
+    """The quick suite of the bench, from its rows."""
+    with gzip.open(ROOT / "results" / "experiment" / "quick.jsonl.gz", "rt") as lines_in:
+        found = [json.loads(line) for line in lines_in]
+    shown = summary.lines(found)
+    return "\n\n".join([tables.table(tables.EACH, [tables.line_cells(one) for one in shown]), tables.facts(found),
+                        *tables.lists([], summary.ungated(found))])
+
+
+def keep_experiment(suite: str, folder: Path) -> None:
+    """Commit a suite's rows, compressed; the same rows give the same bytes."""
+    out = ROOT / "results" / "experiment" / f"{suite}.jsonl.gz"
+    out.parent.mkdir(exist_ok=True)
+    out.write_bytes(gzip.compress((folder / f"{suite}.jsonl").read_bytes(), 9, mtime=0))
 
 
 def readme() -> str:
@@ -270,7 +290,7 @@ def readme() -> str:
     text = README.read_text()
     blocks = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
               "trait": trait_facts, "grading": grading_facts, "edges": edges_table, "monitor": monitor_table,
-              "understanding": understanding_table}
+              "understanding": understanding_table, "experiment": experiment_table}
     for name, block in ((name, make()) for name, make in blocks.items()):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         text = text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end):]
@@ -307,7 +327,9 @@ if __name__ == "__main__":
         case ["rivals", folder]:
             command = [sys.executable, "-m", "distill", "evaluate", "--run", folder, "--rivals", "--out", str(RIVALS)]
             sys.exit(subprocess.run(command, cwd=ROOT).returncode)
+        case ["experiment", suite, folder]:
+            keep_experiment(suite, Path(folder))
         case ["readme"]:
             README.write_text(readme())
         case _:
-            sys.exit("usage: python benchmarks/results.py run [NAME ...] | keep NAME FOLDER | rivals FOLDER | readme")
+            sys.exit("usage: python benchmarks/results.py run [NAME ...] | keep NAME FOLDER | rivals FOLDER | experiment SUITE FOLDER | readme")
