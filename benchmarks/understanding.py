@@ -50,7 +50,8 @@ def main(run: Path) -> None:
     verb = Understand(run=run, holes=True)
     found = measure(verb)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    found = {"commit": commit, "settings": asdict(verb) | {"run": None}, "made": read_json(run / "receipt.json")["config"]} | {
+    found = {"commit": commit, "settings": {key: value for key, value in asdict(verb).items() if key not in ("run", "json")},
+             "made": {key: value for key, value in read_json(run / "receipt.json")["config"].items() if key != "out"}} | {
         key: value for key, value in found.items() if key not in ("run", "key")}
     found["hypotheses"] = [{key: one[key][:300] if key == "line" else one[key] for key in KEPT} for one in found["hypotheses"]]
     found["wrong"] = wrong(verb)
