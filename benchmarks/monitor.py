@@ -71,13 +71,18 @@ def sets(trigger, number: int) -> dict[str, list[str]]:
         name: [text for text in texts if not trigger.fires(text)] for name, texts in found.items()}
 
 
-def node_novelty(subject: Reconstruction, monitor: Monitor, clean: torch.Tensor) -> Callable[[list[list[int]], list[int]], list[float]]:
-    """Share of all nodes whose activation is out of the range of clean decisions: what each node does, and not what drives it."""
+def node_novelty(
+    subject: Reconstruction, monitor: Monitor, clean: torch.Tensor, farthest: bool
+) -> Callable[[list[list[int]], list[int]], list[float]]:
+    """What each node does, and not what drives it: the share of nodes out of the range of clean decisions, or how many standard deviations the
+    farthest is (none smaller than a twentieth of the median node's)."""
     mean, spread = clean.mean(0), clean.std(0)
+    spread = spread.clamp_min(0.05 * float(spread[spread > 0].median())) if farthest else spread
 
     def score(rows: list[list[int]], starts: list[int]) -> list[float]:
         level, owner, _ = looked(subject, monitor, rows, starts)
-        return rivals.largest(((level - mean).abs() > WIDTH * spread + 1e-6).float().mean(1), owner, len(rows))
+        gap = (level - mean).abs()
+        return rivals.largest((gap / spread).amax(1) if farthest else (gap > WIDTH * spread + 1e-6).float().mean(1), owner, len(rows))
 
     return score
 
@@ -112,7 +117,7 @@ def everybody(subject: Reconstruction, monitor: Monitor, texts: dict[str, list[s
     seen = set(choices)
     half = {name: (full[name][::2], starts[name][::2]) for name in ("triggered", "held-out")}
     methods = {
-        "node-level novelty": node_novelty(subject, monitor, level),
+        "nodes out of range": node_novelty(subject, monitor, level, False), "farthest node": node_novelty(subject, monitor, level, True),
         "choice never made on clean rows": lambda rows, at: [float(any(c not in seen for c in one)) for one in _choices(subject, monitor, rows, at)],
         "Mahalanobis": rivals.mahalanobis(host, clean, begin), "Mahalanobis, by token": rivals.mahalanobis(host, clean, begin, True),
         "norm": rivals.norm(host, clean, begin), "random directions": rivals.directions(host, clean, begin),

@@ -215,26 +215,28 @@ def grading_facts() -> str:
 
 
 def monitor_table() -> str:
-    """The monitor and its rivals on the same prompts: AUROC by kind of negatives, TPR where 1 % of them all pass; then its own threshold."""
+    """The monitor and its rivals on the same prompts, by what is watched and read; then what the monitor's own threshold flags."""
     found = json.loads((ROOT / "results" / "monitor.json").read_text())
     kinds = [kind for kind in found[0]["prompts"] if kind != "triggered"]
-    cells, flagged, facts = [], [], []
+    columns = [(one, title) for one in found for title in ("after 1", "prompt only")]
+    names = [f"{one['organism']}, {one['graph']}, {title}" for one, title in columns]
+
+    def cell(row: dict) -> str:
+        values = {kind: score["value"] for kind, score in row["auroc"].items()}
+        return f"{three(values['novelty-matched'])}; {three(min(values.values()))}; {three(row['tpr_at_1_percent']['all']['value'])}"
+
+    cells = [[method, *(cell(one[title]["methods"][method]) for one, title in columns)] for method in found[0]["after 1"]["methods"]]
+    flagged = [[name, *(three(one[title]["flagged"][kind]["value"]) for kind in ("triggered", *kinds))]
+               for name, (one, title) in zip(names, columns, strict=True)]
+    facts = []
     for one in found:
-        watched = f"{one['organism']}, {one['graph']}"
-        for title in ("after 1", "prompt only"):
-            for method, row in one[title]["methods"].items():
-                tpr = row["tpr_at_1_percent"]
-                shown = [three(row["auroc"][kind]["value"]) for kind in kinds]
-                cells.append([watched, title, method, *shown, "{value:.3f} [{low:.3f}, {high:.3f}]".format(**tpr["all"])])
-            flagged.append([watched, title, *(three(one[title]["flagged"][kind]["value"]) for kind in ("triggered", *kinds))])
-        cost = "; ".join(f"{size}: {row['ratio']:.1f}x" for size, row in one["overhead"].items())
-        facts.append(f"{watched}: a score costs, against the prefill it holds, {cost}. With the trigger: `{one['reasons']['triggered']}`.")
-    one = found[0]
-    number = f"{one['prompts']['triggered']} prompts with the trigger; {one['rows']} clean rows learnt from, {one['calibration']} calibrated on."
-    return "\n\n".join([
-        lines_of(["watched", "read", "method", *kinds, "TPR at 1 % of all negatives"], cells),
-        "Flagged by the monitor's own threshold (1 % on held-out clean prompts of the tune split):",
-        lines_of(["watched", "read", "triggered", *kinds], flagged), number + " " + "\n".join(facts)])
+        cost = " and ".join(f"{row['ratio']:.1f} at {size}" for size, row in one["overhead"].items())
+        facts.append(f"- {one['organism']}, {one['graph']}: {cost} times the prefill that a score holds; with the trigger, "
+                     f"`{one['reasons']['triggered']}`")
+    said = ("A cell: AUROC against novelty-matched prompts; against the worst kind of negatives; share of triggered prompts above the threshold "
+            f"that 1 % of all negatives pass. {one['prompts']['triggered']} prompts of a kind, {one['rows']} clean rows learnt from.\nBy the "
+            f"monitor's own threshold (1 % of {one['calibration']} held-out clean prompts of the tune split), flagged:")
+    return "\n\n".join([lines_of(["method", *names], cells), said, lines_of(["watched", "triggered", *kinds], flagged), "\n".join(facts)])
 
 
 def understanding_table() -> str:

@@ -66,8 +66,8 @@ def sample_of(opened: Opened, texts: Sequence[tuple[str, str]]) -> tuple[Epochs,
 
 
 def weights_of(opened: Opened, verb: config.Monitor) -> str:
-    """Hash of the model that is watched."""
-    return digest(find(verb.model if verb.model is not None else settings_of(verb.run).model))
+    """Hash of the model that is watched, and of the graph that it is watched by."""
+    return digest(find(verb.model if verb.model is not None else settings_of(verb.run).model), opened.key)
 
 
 def _folder(verb: config.Monitor) -> tuple[Path, Opened]:
