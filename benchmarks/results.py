@@ -261,8 +261,8 @@ def understanding_facts(found: dict) -> str:
     verdict = "accepted" if not wrong["evidence"]["why"] else "rejected"
     return (f"{found['task']}, {found['prompts']} test rows. {len(accepted)} of {len(found['hypotheses'])} hypotheses were accepted (numbers fitted: "
             f"median {numbers[len(numbers) // 2]}, most {numbers[-1]:,}), of whole heads or their patterns: {', '.join(heads)}.\n{wrong['target']} "
-            f"said to compute what {wrong['said']} does recovers {wrong['evidence']['recovered']['value']:.2f} of its effect: {verdict}. Nothing at all: "
-            f"{found['all']['nothing']:.2f} nats a token.\nLargest holes (nats a token when what is unexplained there is ablated): {holes}.")
+            f"said to compute what {wrong['said']} does recovers {wrong['evidence']['recovered']['value']:.2f} of its effect: {verdict}. "
+            f"Nothing at all: {found['all']['nothing']:.2f} nats a token.\nLargest holes (nats a token when what is unexplained there is ablated): {holes}.")
 
 
 def readme() -> str:
