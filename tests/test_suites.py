@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from backdoor.families import FAMILIES
+from distill.__main__ import main
 from distill.experiment import methods, suites
 from distill.experiment.cell import NOTHING, Cell, Organism
 
@@ -63,7 +64,9 @@ def test_a_removal_is_named_by_all_that_it_depends_on(change):
     assert Cell(Organism(**asdict(cell.organism)), "ours", 0.7) == cell
 
 
-def test_a_method_without_a_frozen_knob_is_refused(monkeypatch):
-    monkeypatch.setattr(methods, "knobs", dict)
-    with pytest.raises(ValueError, match="no knob is frozen for 'UNDO'"):
-        methods.frozen("UNDO")
+def test_a_method_without_a_frozen_knob_is_planned_and_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(methods, "knobs", lambda: {name: {"knob": 1.0, "seconds": 60.0} for name in suites.SIX if name != "UNDO"})
+    asked = ["experiment", "--suite", "full", "--stage", "headline", "--out", str(tmp_path)]
+    assert main([*asked, "--dry-run"]) == 0 and "no knob is frozen yet for UNDO" in capsys.readouterr().out
+    assert main(asked) == 2 and "no knob is frozen for UNDO: run distill experiment --suite knobs" in capsys.readouterr().err
+    assert methods.frozen("ours") == 1.0 and not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ The oracles are handed poisoned rows, which no defender has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -77,13 +77,15 @@ def knobs() -> dict[str, dict]:
     return read_json(KNOBS_FILE)["methods"] if KNOBS_FILE.is_file() else {}
 
 
-def frozen(method: str) -> float:
-    """The knob a method runs with: its own, or, for ours and what heals as ours does, the decay of ours. Raises ValueError where none is frozen."""
+def frozen(method: str) -> float | None:
+    """The knob a method runs with: its own, or, for ours and what heals as ours does, the decay of ours. None where none is frozen yet."""
     name = "ours" if method in OURS else "dense refit" if method == REFIT else method
-    found = knobs()
-    if name not in found:
-        raise ValueError(f"no knob is frozen for {name!r}: run distill experiment --suite knobs, and copy its knobs.json to {KNOBS_FILE}")
-    return found[name]["knob"]
+    return knobs().get(name, {"knob": None})["knob"]
+
+
+def unfrozen(methods: Iterable[str]) -> list[str]:
+    """Those of the methods that have no frozen knob yet, each once."""
+    return [name for name in dict.fromkeys(methods) if frozen(name) is None]
 
 
 def decay() -> float:

@@ -34,9 +34,13 @@ def run(verb: config.Experiment) -> int:
     if verb.stage is not None and verb.suite != "full":
         raise ValueError(f"--stage {verb.stage} belongs to --suite full")
     cells = _plan(verb)
+    missing_knobs = [] if verb.suite == "knobs" else methods.unfrozen(cell.method for cell in cells if cell.method != NOTHING)
     if verb.dry_run:
-        print(plan(cells, verb.workers))
+        print("\n".join([plan(cells, verb.workers), *(f"no knob is frozen yet for {name}" for name in missing_knobs)]))
         return 0
+    if missing_knobs and not verb.report:
+        raise ValueError(f"no knob is frozen for {', '.join(missing_knobs)}: run distill experiment --suite knobs and copy its knobs.json to "
+                         f"{methods.KNOBS_FILE}, or name others with --only")
     grid = Grid(find(verb.model), verb.out)
     if not verb.report:
         _make(verb, grid, cells)
