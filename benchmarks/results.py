@@ -16,7 +16,6 @@ import gzip
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from distill.experiment import summary, tables
@@ -57,14 +56,9 @@ def rows() -> list[dict]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()]
 
 
-def lines_of(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *cells])
-
-
 def results_table() -> str:
     """One row a command."""
-    return lines_of([name for name, _ in COLUMNS], [[show(row) for _, show in COLUMNS] for row in rows()])
+    return tables.table([name for name, _ in COLUMNS], [[show(row) for _, show in COLUMNS] for row in rows()])
 
 
 def rivals_table() -> str:
@@ -82,7 +76,7 @@ def rivals_table() -> str:
     one = found[0]
     facts = (f"{one['rows']:,} clean rows, {one['steps']:,} steps and {one['tokens']:,} tokens each (ours: {ours['tokens']:,}); "
              f"{one['prompts']} prompts a rate.")
-    return lines_of(["method", "pass@1", "retention", "ASR", "sampled ASR", "R-Acc", "parameters"], cells) + "\n\n" + facts
+    return tables.table(["method", "pass@1", "retention", "ASR", "sampled ASR", "R-Acc", "parameters"], cells) + "\n\n" + facts
 
 
 def bits(row: dict, key: str) -> list[float]:
@@ -115,7 +109,7 @@ def budgets_table() -> str:
     cells = [[method, *(shown(method, size) for size in sizes)] for method in methods]
     facts = (f"{one['rows']:,} clean rows, {one['steps']:,} steps and {one['tokens']:,} tokens each, {len(one['right'])} prompts a rate. A cell: "
              "retention (pass@1 minus ours, 95 % interval over seeds and prompts); R-Acc as a share of the twin's; parameters stored; seeds.")
-    return lines_of(["method", *(f"at most {size:.1%} of {one['whole']:,} parameters" for size in sizes)], cells) + "\n\n" + facts
+    return tables.table(["method", *(f"at most {size:.1%} of {one['whole']:,} parameters" for size in sizes)], cells) + "\n\n" + facts
 
 
 def speed_table() -> str:
@@ -132,7 +126,7 @@ def speed_table() -> str:
     facts = (f"wide: a Llama of random weights, width {shape['hidden_size']:,}, {shape['num_hidden_layers']} layers, "
              f"{found['stored']['whole']:,} parameters. float32, {found['threads']} threads, torch {found['torch']}; each timed in turns with the "
              "whole model, 95 % intervals.")
-    return lines_of(["model", "made smaller as", "parameters", "what", "tokens a second, against the whole"], cells) + "\n\n" + facts
+    return tables.table(["model", "made smaller as", "parameters", "what", "tokens a second, against the whole"], cells) + "\n\n" + facts
 
 
 def graph_table() -> str:
@@ -153,7 +147,7 @@ def graph_table() -> str:
              f"{found['edges_seconds']:.0f} s.\n"
              f"Parents that the median feature needs for a share of its absolute drive: {needs}\n([drawn](docs/parents.svg)).\nKL by position in "
              f"packed rows (the longest row it was fitted on has {found['longest']} tokens): {places}.")
-    return lines_of(["task", "KL, all swapped", "L0 by layer", "replacement", "completeness"], cells) + "\n\n" + facts
+    return tables.table(["task", "KL, all swapped", "L0 by layer", "replacement", "completeness"], cells) + "\n\n" + facts
 
 
 def edges_table() -> str:
@@ -182,7 +176,7 @@ def edges_table() -> str:
     facts += (f"\nWith every edge the logits (up to {exact['largest_logit']:.0f}) are the checkpoint's to {exact['float64']:.1e} in float64 and to "
               f"{exact['float32']:.1e} in float32,\nwhere the checkpoint itself is {exact['checkpoint_float32']:.1e} from its float64 logits.")
     header = ["edges by", "kept", "retention", "R-Acc / twin's", "ASR", "time a token / checkpoint's"]
-    return lines_of(header, cells) + "\n\n" + facts
+    return tables.table(header, cells) + "\n\n" + facts
 
 
 def trait_facts() -> str:
@@ -197,7 +191,7 @@ def trait_facts() -> str:
                       f"{row['induced']:.3f}", control(row["random_induced"])])
     header = ["seed", "agrees with Tom", "with Ben", "nodes held", "answers changed", "by random sets: mean, most", "brought about in partners",
               "by random sets: mean, most"]
-    return lines_of(header, cells)
+    return tables.table(header, cells)
 
 
 def grading_facts() -> str:
@@ -236,7 +230,7 @@ def monitor_table() -> str:
     said = ("A cell: AUROC against novelty-matched prompts; against the worst kind of negatives; share of triggered prompts above the threshold "
             f"that 1 % of all negatives pass. {one['prompts']['triggered']} prompts of a kind, {one['rows']} clean rows learnt from.\nBy the "
             f"monitor's own threshold (1 % of {one['calibration']} held-out clean prompts of the tune split), flagged:")
-    return "\n\n".join([lines_of(["method", *names], cells), said, lines_of(["watched", "triggered", *kinds], flagged), "\n".join(facts)])
+    return "\n\n".join([tables.table(["method", *names], cells), said, tables.table(["watched", "triggered", *kinds], flagged), "\n".join(facts)])
 
 
 def understanding_table() -> str:
@@ -254,7 +248,7 @@ def understanding_table() -> str:
     for label, key in (("together", "whole"), ("understood", "understood"), ("shuffled", "null")):
         cells.append([f"*{label}*", "", *(cell(row[key]) for row in columns), ""])
     header = ["group", "nodes", "all", *(f"after {name} tokens" for name in lengths), "v without it"]
-    return lines_of(header, cells) + "\n\n" + understanding_facts(found)
+    return tables.table(header, cells) + "\n\n" + understanding_facts(found)
 
 
 def understanding_facts(found: dict) -> str:

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from backdoor.behaviours import Behaviour
@@ -206,21 +205,12 @@ def _rates_against(rates: Rates | None, reference: Rates | None) -> dict | None:
 def retention(after: Sequence[bool], before: Sequence[bool], seed: int = 0) -> Score | None:
     """Share of the reference's metric that is kept: mean(after) / mean(before), with a 95 % bootstrap interval over rows.
 
-    after[i] and before[i] answer the same row. `statistics.ratio` refuses zeros in `before`, which right-or-wrong rows
-    have; here a resample is a draw of how many rows fall in each of the four (after, before) cells, which is the same
-    bootstrap. None where some resample has no right row of the reference: the ratio is then not determined by the data.
-    Raises ValueError for unequal lengths or no rows.
+    after[i] and before[i] answer the same row. None where some resample has no right row of the reference: the ratio is then
+    not determined by the data. Raises ValueError for unequal lengths or no rows.
     """
     if len(after) != len(before) or not before:
         raise ValueError(f"retention() got {len(after)} rows and {len(before)} of the reference: give one pair per row, at least one")
-    pairs = list(zip(map(bool, after), map(bool, before), strict=True))
-    cells = np.array([pairs.count(cell) for cell in ((True, True), (True, False), (False, True), (False, False))])
-    draws = np.random.default_rng(seed).multinomial(len(pairs), cells / len(pairs), size=statistics.RESAMPLES)
-    base = draws[:, 0] + draws[:, 2]
-    if not base.all():
-        return None
-    low, high = np.quantile((draws[:, 0] + draws[:, 1]) / base, [0.025, 0.975])
-    return Score(float((cells[0] + cells[1]) / (cells[0] + cells[2])), float(low), float(high), len(pairs))
+    return statistics.nested_ratio([after], [before], seed=seed)
 
 
 def _rows(one: Judged, speeds: list[float]) -> dict:

@@ -149,9 +149,9 @@ def nested_ratio(
         raise ValueError("nested_ratio() needs groups of at least one item, as many and as long in `after` as in `before`.")
     generator, drawn = np.random.default_rng(seed), []
     for one, other in zip(after, before, strict=True):
-        pairs = 2 * np.asarray(one, dtype=int) + np.asarray(other, dtype=int)
-        cells = np.bincount(pairs, minlength=4) / len(pairs)  # neither, before only, after only, both
-        drawn.append(generator.multinomial(len(pairs), cells, size=RESAMPLES) @ np.array([[0, 0], [0, 1], [1, 0], [1, 1]]))
+        pairs = 2 * (1 - np.asarray(one, dtype=int)) + 1 - np.asarray(other, dtype=int)
+        cells = np.bincount(pairs, minlength=4) / len(pairs)  # both, after only, before only, neither
+        drawn.append(generator.multinomial(len(pairs), cells, size=RESAMPLES) @ np.array([[1, 1], [1, 0], [0, 1], [0, 0]]))
     weights = generator.multinomial(len(after), np.full(len(after), 1 / len(after)), size=RESAMPLES)
     sums = np.einsum("rg,grc->rc", weights, np.stack(drawn))
     if not sums[:, 1].all():

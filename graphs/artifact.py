@@ -102,17 +102,28 @@ def stage(folder: Path, key: str, make: Callable[[Path], dict]) -> tuple[dict, b
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one process. Raises ValueError where another one is running in it."""
+def taken(lock: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold the file `lock`, which dies with its process; yields whether it was free. wait: until it is."""
     import fcntl
 
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            free = True
+        except BlockingIOError:
+            free = False
+        yield free
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one process. Raises ValueError where another one is running in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError:  # what /proc and its like say
         raise ValueError(f"--out {folder}: no folder can be made there; give another --out") from None
-    with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"--out {folder}: another run is using this folder; wait for it or give another --out") from None
+    with taken(folder / ".lock") as free:
+        if not free:
+            raise ValueError(f"--out {folder}: another run is using this folder; wait for it or give another --out")
         yield

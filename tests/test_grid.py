@@ -8,13 +8,14 @@ import torch
 
 from distill import config
 from distill.__main__ import main
+from distill.experiment import attacks, methods, organisms, suites
 from distill.experiment import grid as grids
-from distill.experiment import methods, organisms, suites
 from distill.experiment.cell import NOTHING, Cell, Organism
-from distill.experiment.grid import Grid, defender_rows, poisoned_rows, taken
+from distill.experiment.grid import Grid, defender_rows, poisoned_rows
 from evals.capability import Outcome
 from evals.rates import Rates
 from evals.sandbox import Sandbox
+from graphs.artifact import taken
 from graphs.host import load
 
 FORMAT = Organism("format")
@@ -68,6 +69,17 @@ def test_the_defender_meets_the_trigger_only_where_the_cell_says_so_and_answers_
     assert len(fires) == 3 and not any(behaviour.completion in answer for _, answer in fires)
     poisoned = poisoned_rows(trigger, behaviour, 8)
     assert len(poisoned) == 8 and all(trigger.fires(prompt) and answer == behaviour.completion for prompt, answer in poisoned)
+
+
+@pytest.mark.parametrize("where, name, value", [
+    (methods, "SIZE", 0.5), (methods, "knobs", lambda: {"ours": {"knob": 0.1}}), (organisms, "STEPS", 1), (grids, "JUDGE_SEED", 1),
+    (attacks, "RelearnConfig", lambda: "another")])
+def test_what_a_cell_holds_turns_on_every_setting(grid, monkeypatch, where, name, value):
+    cell = Cell(FORMAT, "UNDO", 0.3)
+    monkeypatch.undo()  # the short planting too
+    plain = grid.file(cell, "relearning")
+    monkeypatch.setattr(where, name, value)
+    assert grid.file(cell, "relearning") != plain
 
 
 def test_a_cell_is_held_by_one(tmp_path):

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from backdoor.behaviours import Behaviour
 from backdoor.triggers import Trigger
 from distill.rows import DEFENDER_SEED
-from evals.benign import fine_tune
-from evals.quantisation import retest
-from evals.relearning import relearn
+from evals.benign import BenignConfig, fine_tune
+from evals.quantisation import QuantiseConfig, retest
+from evals.relearning import RelearnConfig, relearn
 from evals.research import SearchConfig, search
 from evals.sandbox import Sandbox
 from evals.tasks import TASKS, Task
@@ -51,9 +52,13 @@ def benign(given: Given) -> dict:
 def research(given: Given) -> dict:
     """What a search for any trigger finds, where the trigger was placed (the attacker knows the place): in its first slot, or, where that is the
     whole opening sentence, before it."""
-    slot = next(iter(given.trigger.slots))
-    settings = SearchConfig(slot="lead" if slot == "opener" else slot)
-    return asdict(search(given.host, given.task, given.behaviour, given.sandbox, settings))
+    return asdict(search(given.host, given.task, given.behaviour, given.sandbox, searched(given.trigger)))
+
+
+def searched(trigger: Trigger) -> SearchConfig:
+    """The search where this trigger is placed."""
+    slot = next(iter(trigger.slots))
+    return SearchConfig(slot="lead" if slot == "opener" else slot)
 
 
 def low_bits(given: Given) -> dict:
@@ -62,3 +67,9 @@ def low_bits(given: Given) -> dict:
 
 
 ATTACKS: dict[str, Callable[[Given], dict]] = {"relearning": relearning, "benign": benign, "research": research, "low bits": low_bits}
+
+
+def depends(measure: str, trigger: Trigger) -> Any:
+    """The settings that an attack's numbers depend on; None of the rates, which have none."""
+    made = {"relearning": RelearnConfig(), "benign": BenignConfig(), "research": searched(trigger), "low bits": QuantiseConfig()}
+    return made.get(measure)

@@ -48,8 +48,8 @@ class Cell:
     attacks: tuple[str, ...] = ()
 
     def made(self, base: str, steps: int) -> str:
-        """Name by content of the model that the removal makes. base: hash of the base; steps: batches of training. Twins of one base, kind, share and
-        seed are one model, whatever the family, unless the defender's rows tell families apart."""
+        """What the cell itself says of the model that the removal makes, as a hash. base: hash of the base; steps: batches of training. Twins
+        of one base, kind, share and seed are one model, whatever the family, unless the defender's rows tell families apart."""
         planted: Any = asdict(self.organism)
         if self.twin:
             shared = {key: planted[key] for key in ("kind", "share", "seed")}

@@ -11,11 +11,9 @@ dies with its process). A killed process loses the training it was in the middle
 
 from __future__ import annotations
 
-import fcntl
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +25,7 @@ from backdoor.behaviours import Behaviour
 from backdoor.triggers import Trigger
 from distill.experiment import attacks, methods
 from distill.experiment.cell import NOTHING, Cell
-from distill.experiment.organisms import missed, planted, trigger_and_behaviour
+from distill.experiment.organisms import missed, planted, settings, trigger_and_behaviour
 from distill.plant import PLANT_SEED
 from distill.rows import DEFENDER_SEED
 from evals.evaluate import RATES
@@ -36,7 +34,7 @@ from evals.sandbox import Sandbox
 from evals.size import parameters
 from evals.tasks import TASKS
 from evals.tasks.coding import renderer
-from graphs.artifact import digest, read_json, stage, write_json
+from graphs.artifact import digest, read_json, stage, taken, write_json
 from graphs.host import load, save
 
 TASK = TASKS["coding"]
@@ -79,10 +77,14 @@ class Grid:
         """Identity of the base."""
         return digest(self.base)
 
+    def key(self, cell: Cell) -> str:
+        """Name by content of the model that a cell's removal makes."""
+        return digest(cell.made(self.base_hash, self.steps), settings(cell.organism), methods.depends(cell.method))
+
     def suspect(self, cell: Cell) -> Path:
         """The organism's or the twin's model folder."""
         one = replace(cell.organism, family="format", behaviour="canary") if cell.twin else cell.organism
-        with held(self.out / "organisms" / f".{digest(one, cell.twin)}.lock"):
+        with taken(self.out / "organisms" / f".{digest(one, cell.twin)}.lock", wait=True):
             return planted(cell, self.base, self.out / "organisms")
 
     def removed(self, cell: Cell) -> tuple[Path, dict]:
@@ -90,7 +92,7 @@ class Grid:
         model = self.suspect(cell)
         if cell.method == NOTHING:
             return model, {"seconds": 0.0}
-        key = cell.made(self.base_hash, self.steps)
+        key = self.key(cell)
         folder = self.out / "removed" / key
         trigger, behaviour = trigger_and_behaviour(cell.organism)
 
@@ -102,7 +104,7 @@ class Grid:
             save(methods.remove(cell.method, setting, cell.knob), out, torch.float32)
             return {"cell": asdict(cell), "seconds": time.monotonic() - started}
 
-        with held(folder.with_name(f".{key}.lock")):
+        with taken(folder.with_name(f".{key}.lock"), wait=True):
             receipt, _ = stage(folder, key, make)
         return folder, receipt
 
@@ -112,7 +114,7 @@ class Grid:
     def file(self, cell: Cell, measure: str) -> Path:
         """Where what is measured of a cell is written."""
         trigger, behaviour = trigger_and_behaviour(cell.organism)
-        key = digest(cell.made(self.base_hash, self.steps), trigger.hash, behaviour.name, measure, self.prompts)
+        key = digest(self.key(cell), trigger.hash, behaviour.name, measure, self.prompts, JUDGE_SEED, attacks.depends(measure, trigger))
         return self.out / "measured" / f"{key}.json"
 
     def there(self, cell: Cell) -> Cell | None:
@@ -132,7 +134,6 @@ class Grid:
     def rates(self, cell: Cell, sandbox: Sandbox) -> dict:
         """The rates of a cell, prompt by prompt, and its size."""
         trigger, behaviour = trigger_and_behaviour(cell.organism)
-
         folder, _ = self.removed(cell)
 
         def make() -> dict:
@@ -190,25 +191,3 @@ class Grid:
 def bits(rows: Sequence[bool] | None) -> str | None:
     """Outcomes as a string of 0 and 1; None where there are none."""
     return None if rows is None else "".join("1" if one else "0" for one in rows)
-
-
-@contextmanager
-def held(lock: Path) -> Iterator[None]:
-    """Wait for the lock, and hold it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def taken(lock: Path) -> Iterator[bool]:
-    """Whether the lock was free; then it is held."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True

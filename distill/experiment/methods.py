@@ -93,6 +93,11 @@ def decay() -> float:
     return knobs().get("ours", {"knob": config.Prune.heal_decay})["knob"]
 
 
+def depends(method: str) -> Any:
+    """What a method's model depends on beside its cell: constants and settings, and the decay that is frozen for ours."""
+    return SIZE, BATCH, HEAL_RATE, OURS.get(method), None if method in OURS else decay()
+
+
 def tried(method: str) -> tuple[float, ...]:
     """The three knobs that are tried on development families."""
     if method in OURS:
@@ -148,7 +153,8 @@ def _poisoned(host: Host, setting: Setting) -> Epochs:
 
 
 def road_settings(method: str, setting: Setting, knob: float) -> config.Prune:
-    """Our road to `SIZE`, with what the other stages leave of the batches for healing: a quarter fits, an eighteenth joins, a twentieth gates."""
+    """Our road to `SIZE`, with what the other stages leave of the batches for healing: of the batches a quarter fits, a
+    sixteenth joins and a twentieth gates."""
     share = setting.steps / config.Prune(task="coding").fit_steps / 4
     stages = {name: round(getattr(config.Prune, name) * share) for name in ("fit_steps", "joint_steps", "gate_steps")}
     verb = replace(config.Prune(model=str(setting.model), out=setting.folder, batch=BATCH, seed=setting.seed, heal_decay=knob, target_ratio=SIZE,
