@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from distill import config
+from distill.prompts import lines, texts
 from distill.report import visible
 from distill.runs import Opened, inspected
 from graphs.components import Components
@@ -32,19 +33,10 @@ def run(verb: config.Find) -> int:
 
 def read(file: Path, flag: str, opened: Opened) -> Prompts:
     """The file's prompts as this model tokenises them. Raises ValueError on a missing or empty file, or a prompt that is too long."""
-    try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
-    except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"{flag} {file}: no such file; give one prompt a line, or JSON lines with a field `prompt`") from None
-    if not lines:
+    found = list(texts(lines(file, flag), f"{flag} {file}"))
+    if not found:
         raise ValueError(f"{flag} {file}: it holds no prompt")
-    try:
-        texts = [json.loads(line)["prompt"] if line.startswith("{") else line.replace("\\n", "\n") for line in lines]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{flag} {file}: a line that begins with {{ is not JSON with a field `prompt`") from None
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{flag} {file}: a field `prompt` is no text")
-    return padded([opened.ids(text, f"{flag} {file}") for text in texts], opened.subject.host.tokenizer.eos_token_id or 0)
+    return padded([opened.ids(text, f"{flag} {file}") for text in found], opened.subject.host.tokenizer.eos_token_id or 0)
 
 
 def turned(subject: Reconstruction, prompts: tuple[Prompts, ...]) -> Reconstruction:

@@ -13,15 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from distill import config
-from distill.models import CLEAN_ROWS, find
+from distill.models import find
+from distill.prompts import lines, texts
 from distill.report import visible
-from distill.rows import batches, read, tune_rows
+from distill.rows import batches, clean, tune_rows
 from distill.runs import CLUSTER, Opened, inspected, settings_of
 from evals.generate import prompt_ids
 from evals.tasks import named
 from graphs.artifact import digest, read_json, whole, write_json
 from graphs.batches import Encoded, Epochs
-from graphs.monitor import Monitor, fit
+from graphs.monitor import PARTS, Monitor, fit
 
 
 def run(verb: config.Monitor) -> int:
@@ -30,8 +31,8 @@ def run(verb: config.Monitor) -> int:
         return _fit(verb)
     folder, opened = _folder(verb)
     monitor = Monitor.load(folder, opened.subject)
-    lines = sys.stdin if verb.action == "serve" or verb.prompts is None else _lines(verb.prompts)
-    for record in scored(monitor, opened, texts(lines), 1 if verb.action == "serve" or verb.prompts is None else 16):
+    found = sys.stdin if verb.action == "serve" or verb.prompts is None else lines(verb.prompts, "--prompts")
+    for record in scored(monitor, opened, texts(found, "--prompts"), 1 if found is sys.stdin else 16):  # whoever writes there waits for an answer
         print(json.dumps(record), flush=True)
     return 0
 
@@ -43,7 +44,7 @@ def _fit(verb: config.Monitor) -> int:
         raise ValueError("monitor fit --model needs --monitor FOLDER: where to write the monitor")
     opened = inspected(verb)
     names = verb.task if verb.model is not None else settings_of(verb.run).task
-    data, _ = sample_of(opened, read(CLEAN_ROWS, named(names)) if opened.data is None else [])
+    data, _ = sample_of(opened, clean(None, named(names)) if opened.data is None else [])
     steps = min(verb.rows, len(data.rows)) // CLUSTER
     monitor = fit(opened.subject, [data(step) for step in range(steps)], ahead=verb.ahead)
     held = [row.prompt for rows in tune_rows(named(names), verb.calibration).values() for row in rows]
@@ -85,28 +86,6 @@ def _folder(verb: config.Monitor) -> tuple[Path, Opened]:
     return folder, opened
 
 
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        with file.open() as handle:
-            yield from handle
-    except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"--prompts {file}: no such file; give one prompt a line, or JSON lines with a field `prompt`") from None
-
-
-def texts(lines: Iterable[str]) -> Iterator[str]:
-    """Prompts of plain lines (\\n stands for a line break) or JSON lines. Raises ValueError where a line is neither."""
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["prompt"] if line.lstrip().startswith("{") else line.rstrip("\n").replace("\\n", "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"--prompts: a line that begins with {{ is not JSON with a field `prompt`: {line.strip()[:60]}") from None
-        if not isinstance(text, str):
-            raise ValueError("--prompts: a field `prompt` is no text")
-        yield text
-
-
 def scored(monitor: Monitor, opened: Opened, prompts: Iterable[str], size: int) -> Iterator[dict]:
     """One record a prompt, as soon as its batch of `size` is done."""
     waiting: list[str] = []
@@ -126,5 +105,5 @@ def _records(monitor: Monitor, prompts: list[str]) -> Iterator[dict]:
         flagged = one.score > monitor.threshold
         yield {"prompt": text, "score": one.score, "flagged": flagged, "threshold": monitor.threshold,
                "tokens": [{"position": token.position, "score": token.score,
-                           **dict(zip(("unfamiliar", "range", "pairs"), token.parts, strict=True))} for token in one.tokens],
+                           **dict(zip(PARTS, token.parts, strict=True))} for token in one.tokens],
                "reason": visible(one.reason.line()) if one.reason is not None and flagged else None}

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from distill import config
-from distill.monitor import run, texts
+from distill.monitor import run
+from distill.prompts import texts
 from evals.tasks import TASKS
 from graphs.host import load, save
 
@@ -54,7 +55,7 @@ def test_wrong_input_is_refused_in_a_sentence(fitted, tmp_path, tiny_model_folde
     with pytest.raises(ValueError, match="no such file"):
         run(config.Monitor(monitor=fitted, prompts=tmp_path / "none.txt"))
     with pytest.raises(ValueError, match="is not JSON"):
-        list(texts(['{"prompt"']))
+        list(texts(['{"prompt"'], "--prompts"))
     with pytest.raises(ValueError, match="needs --monitor FOLDER"):
         run(config.Monitor(action="fit", model=str(tiny_model_folder), rows=16, calibration=19, false_positives=0.05))
     with pytest.raises(ValueError, match="needs at least 99"):
