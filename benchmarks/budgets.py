@@ -35,6 +35,7 @@ import torch
 from backdoor.removal import dense_refit, layer_drop, written_text
 from distill import config
 from distill.job import prepare
+from distill.judgement import commit
 from distill.models import CLEAN_ROWS, find, read_secret, secret_beside
 from distill.rivals import PRUNED, fitting_layers, random_student, written
 from distill.rows import batches, read
@@ -159,7 +160,7 @@ def run(seed: int) -> None:
     done = [row for row in there if all(row.get(key) == value for key, value in facts.items())]
 
     def add(row: dict) -> None:
-        done.append(row | facts)
+        done.append(row | facts | {"commit": commit()})
         write_text(out, "".join(json.dumps(one) + "\n" for one in done))
 
     if not any(row["method"] == "twin" for row in done):

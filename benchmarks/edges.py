@@ -9,13 +9,13 @@ curve of every score with nothing healed (`distill curve --edges`).
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 from distill import config
 from distill.curve import edge_curves
 from distill.edges import exactness, judge
+from distill.judgement import commit
 from distill.runs import reopen
 from graphs.artifact import read_json, write_json
 
@@ -43,8 +43,7 @@ def cell(run: Path, score: str, share: float) -> dict:
 def main(run: Path, wanted: list[str]) -> None:
     """Measure and write, cell by cell."""
     found = read_json(FILE) if FILE.is_file() else {"cells": {}}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    found |= {"commit": commit, "command": read_json(run / "report.json")["command"], "exactness": exactness(reopen(run, "circuit"))}
+    found |= {"commit": commit(), "command": read_json(run / "report.json")["command"], "exactness": exactness(reopen(run, "circuit"))}
     write_json(FILE, found)
     for name in wanted:
         score, share = name.split(":")

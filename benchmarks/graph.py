@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 from distill import config
 from distill.graph import measure
+from distill.judgement import commit
 from graphs.artifact import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -50,8 +50,7 @@ def main(run: Path) -> None:
     """Measure and write."""
     found = measure(config.Graph(run=run))
     settings = read_json(run / "graph" / "receipt.json")["settings"]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    found = {"commit": commit, "settings": settings} | {key: value for key, value in found.items() if key not in ("run", "config")}
+    found = {"commit": commit(), "settings": settings} | {key: value for key, value in found.items() if key not in ("run", "config")}
     (ROOT / "results" / "graph.json").write_text(json.dumps(found, indent=1) + "\n")
     (ROOT / "docs" / "parents.svg").write_text(drawing(found["parents"]))
     print(json.dumps(found, indent=1))

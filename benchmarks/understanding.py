@@ -9,13 +9,13 @@ effect is largest, the first is said to compute what the second does, and judged
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from distill.config_hypotheses import Understand
+from distill.judgement import commit
 from distill.rows import tune_rows
 from distill.runs import reopen, settings_of
 from distill.understand import batched, kept, measure
@@ -49,8 +49,7 @@ def main(run: Path) -> None:
     """Measure and write."""
     verb = Understand(run=run, holes=True)
     found = measure(verb)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    found = {"commit": commit, "settings": {key: value for key, value in asdict(verb).items() if key not in ("run", "json")},
+    found = {"commit": commit(), "settings": {key: value for key, value in asdict(verb).items() if key not in ("run", "json")},
              "made": {key: value for key, value in read_json(run / "receipt.json")["config"].items() if key != "out"}} | {
         key: value for key, value in found.items() if key not in ("run", "key")}
     found["hypotheses"] = [{key: one[key][:300] if key == "line" else one[key] for key in KEPT} for one in found["hypotheses"]]
