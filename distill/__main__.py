@@ -20,6 +20,7 @@ VERBS = {
     "graph": (config.Graph, "distill.graph"),
     "curve": (config.Curve, "distill.curve"),
     "explain": (config.Explain, "distill.explain"),
+    "listing": (config_hypotheses.Listing, "distill.listing"),
     "understand": (config_hypotheses.Understand, "distill.understand"),
     "gate": (config_hypotheses.Gate, "distill.gate"),
     "test": (config_hypotheses.Test, "distill.regress"),
@@ -30,7 +31,7 @@ VERBS = {
     "plant": (config.Plant, "distill.plant"),
     "experiment": (config.Experiment, "distill.experiment.run"),
 }
-POSITIONAL = {"explain": "--node", "export": "--run", "monitor": "--action", "understand": "--run", "gate": "--run", "test": "--run"}
+POSITIONAL = {"explain": "--node", "monitor": "--action"} | dict.fromkeys(("listing", "understand", "gate", "test", "export"), "--run")
 """The flag that a verb's first word stands for, where it begins with no dash."""
 
 

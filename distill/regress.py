@@ -61,10 +61,11 @@ def run(verb: Test) -> int:
 
 def measure(verb: Test) -> list[Line]:
     """Every accepted hypothesis on held-out and shifted rows. Raises ValueError where the checkpoint has not the circuit's shape."""
-    accepted = [one.hypothesis for one in kept(verb.run, "circuit") if one.evidence.accepted]
+    opened = reopen(verb.run, "circuit")
+    accepted = [one.hypothesis for one in kept(opened) if one.evidence.accepted]
     if not accepted:
         raise ValueError(f"--run {verb.run}: none of its hypotheses was accepted, so there is nothing to test")
-    opened, host = reopen(verb.run, "circuit"), load(verb.on)
+    host = load(verb.on)
     other = Reconstruction(host, in_basis_of(opened, verb, host))
     lines = []
     for name, batches in rows(verb, opened).items():

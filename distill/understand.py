@@ -33,7 +33,7 @@ from graphs.hypotheses.views import Text
 from graphs.replace import Replacement
 from graphs.scores import fisher
 
-FORMAT = 1
+FORMAT = 2
 """Raised when hypotheses change their meaning: older ones are made anew."""
 BATCH, ORDERED = 24, 4
 """Rows a batch, and batches that say which nodes matter."""
@@ -90,19 +90,22 @@ def hypotheses(verb: Understand, opened: Opened) -> list[Judged]:
 
         def make(out: Path) -> dict:
             write_json(out / "hypotheses.json", [one.data() for one in tested])
-            return {"rows": verb.rows, "judged": verb.judged, "accepted": sum(one.evidence.accepted for one in tested), "tested": len(tested)}
+            return {"of": opened.key, "rows": verb.rows, "judged": verb.judged,
+                    "accepted": sum(one.evidence.accepted for one in tested), "tested": len(tested)}
 
         with locked(verb.run):
             stage(folder, key, make)
-    return kept(verb.run, opened.part)
+    return kept(opened)
 
 
-def kept(folder: Path, part: str) -> list[Judged]:
-    """What `hypotheses` stored. Raises ValueError where nothing was."""
-    file = folder / "hypotheses" / part / "hypotheses.json"
-    if not file.is_file():
-        raise ValueError(f"--run {folder}: it holds no hypotheses yet; run distill understand {folder} first")
-    return [Judged.read(one) for one in read_json(file)]
+def kept(opened: Opened) -> list[Judged]:
+    """What `hypotheses` stored. Raises ValueError where nothing was, or where it is about nodes that were made anew since."""
+    folder = opened.folder / "hypotheses" / opened.part
+    if not (folder / "hypotheses.json").is_file():
+        raise ValueError(f"--run {opened.folder}: it holds no hypotheses yet; run distill understand {opened.folder} first")
+    if read_json(folder / "receipt.json").get("of") != opened.key:
+        raise ValueError(f"--run {opened.folder}: its hypotheses are about an earlier {opened.part}; run distill understand {opened.folder} again")
+    return [Judged.read(one) for one in read_json(folder / "hypotheses.json")]
 
 
 def propose(verb: Understand, opened: Opened) -> list[Judged]:
@@ -159,7 +162,8 @@ def of_rows(opened: Opened, explained: Explained, rows: Sequence[Row]) -> list[P
 
 def page(found: dict[str, Any]) -> str:
     """What a person reads."""
-    names = [("all", found["all"]), *found["tasks"].items(), *((f"{name} tokens", row) for name, row in found["lengths"].items() if row)]
+    tasks = found["tasks"].items() if len(found["tasks"]) > 1 else ()  # one task is all
+    names = [("all", found["all"]), *tasks, *((f"{name} tokens", row) for name, row in found["lengths"].items() if row)]
     tested = found["hypotheses"]
     accepted = [one for one in tested if not one["evidence"]["why"]]
     whole = sum(one["kind"] in ("look", "head") or (".C" not in one["target"] and ".H" in one["target"]) for one in accepted)
