@@ -39,6 +39,9 @@ class Understand:
     """Rows of each task's test split that the shares are measured on."""
     holes: bool = False
     """Also rank where the unexplained sits: site or head, length of context, kind of text, examples."""
+    contexts: bool = False
+    """Also measure the shares in longer contexts: each row behind whole rows of its own task (few-shot) or of others (distractor), up to 256
+    and 512 tokens. Takes many times as long."""
     seed: int = 0
     """Seed of everything random."""
     json: bool = False

@@ -19,10 +19,11 @@ from distill.config_hypotheses import Test
 from distill.report import visible
 from distill.rows import DEFENDER_SEED
 from distill.runs import Opened, reopen, settings_of
+from distill.surroundings import behind
 from distill.understand import BATCH, kept
 from evals.tasks import named
 from graphs.architectures import attention_components, neurons
-from graphs.batches import Batch, Encoded, Epochs, encode
+from graphs.batches import Batch, Epochs, encode
 from graphs.components import Components
 from graphs.dictionary import Dictionary
 from graphs.edges import Reconstruction
@@ -87,8 +88,8 @@ def rows(verb: Test, opened: Opened) -> dict[str, list[Batch]]:
     host = opened.model
     texts = [row for task in named(settings_of(verb.run).task) for row in task.rows("test", verb.prompts, seed=DEFENDER_SEED)]
     plain = encode(host.tokenizer, [(row.prompt, row.completion) for row in texts], host.config.max_position_embeddings)
-    shifted = [Encoded(first.ids + second.ids, len(first.ids) + second.prompt) for first, second in zip(plain[1:], plain, strict=False)
-               if len(first.ids + second.ids) <= host.config.max_position_embeddings]
+    pairs = (behind(second, [first], host.config.max_position_embeddings) for first, second in zip(plain[1:], plain, strict=False))
+    shifted = [one for one in pairs if one is not None]
     return {name: list(Epochs(found, BATCH, host.tokenizer.eos_token_id, 0).once())
             for name, found in (("held out", plain), ("shifted", shifted)) if found}
 
