@@ -34,6 +34,9 @@ FORMAT = 1
 
 def run(verb: Listing) -> int:
     """Print, or write and run; 1 where a file that was written earlier is no longer the circuit."""
+    if verb.code and verb.part != "circuit":
+        raise ValueError(f"--part {verb.part}: only a circuit runs by itself (a fitted graph is read inside the model, whose errors no program "
+                         "has); give --part circuit")
     opened = inspected(verb)
     graph = opened.edges(verb.rows, verb.enough, verb.memory << 20)
     if verb.code:
@@ -44,27 +47,26 @@ def run(verb: Listing) -> int:
 
 
 def code(verb: Listing, opened: Opened, graph: FeatureGraph) -> int:
-    """Write the file, unless it is there, and run it. Raises ValueError where the run has no circuit that runs by itself."""
-    if opened.part != "circuit":
-        raise ValueError("--code: only a circuit runs by itself; a fitted graph is read inside the model, whose errors no program has")
+    """Write the file, unless it is there, and run it. Raises ValueError where what was written is not the circuit, or no longer runs."""
     tested = kept(opened) if (opened.folder / "hypotheses" / opened.part).is_dir() else []
     accepted = [one for one in tested if one.evidence.accepted]
     rows = [row for task in named(settings_of(verb.run).task) for row in task.rows("test", verb.samples, seed=DEFENDER_SEED)]
     host = opened.model
     samples = encode(host.tokenizer, [(row.prompt, row.completion) for row in rows], host.config.max_position_embeddings)
-    folder = opened.folder / "listing"
+    folder, arguments = opened.folder / "listing", ["--json"] if verb.json else []
+    ran: list[subprocess.CompletedProcess[str]] = []
 
     def make(out: Path) -> dict:
         made = written(opened.subject, graph, accepted, [torch.tensor(one.ids) for one in samples], verb.parents, f"The circuit of {opened.folder}")
-        done = alone(made.save(out))
-        if done.returncode != 0:
-            raise ValueError(f"the written circuit is not the circuit ({_last(done)}); this is a defect, please report it")
+        ran.append(alone(made.save(out), *arguments))
+        if ran[0].returncode != 0:
+            raise ValueError(f"the written circuit is not the circuit ({_last(ran[0])}); this is a defect, please report it")
         return {"part": opened.part, "hypotheses": len(accepted), "parents": verb.parents, "samples": len(samples)}
 
     key = digest(opened.key, FORMAT, verb.rows, verb.enough, verb.parents, verb.samples, [one.data() for one in accepted])
     with locked(opened.folder):
         stage(folder, key, make)
-    done = alone(folder / "circuit.py", *(["--json"] if verb.json else []))
+    done = ran[0] if ran else alone(folder / "circuit.py", *arguments)
     if done.returncode not in (0, 1) or not done.stdout:
         raise ValueError(f"{folder / 'circuit.py'} no longer runs ({_last(done)}): delete {folder} and run the same command again")
     print(done.stdout.rstrip() if verb.json else f"{folder / 'circuit.py'}, run by itself:\n{done.stdout.rstrip()}")

@@ -65,10 +65,12 @@ def test_its_commands_do_what_it_says(tmp_path):
         return next(out for command, out in said.items() if command.startswith(start))
 
     assert [json.loads(line)["flagged"] for line in of("distill monitor score").splitlines()] == [False, True]
-    summary = json.loads((tmp_path / "runs/suspect/report.json").read_text())["summary"]
+    made = json.loads((tmp_path / "runs/suspect/report.json").read_text())
+    summary = made["summary"]
+    assert made["kl"]["graph"] > 0.1  # nats a token: large, as the page says
     assert summary["attack_success_before"] > 0.9 and summary["attack_success_after"] == 0 and summary["retention"] < 0.98
     assert summary["right_under_trigger_after"] > 0.5 * summary["pass_at_1_after"]
-    assert "FAIL  understood" in of("distill gate") and "holes, largest first" in of("distill understand")
+    assert "FAIL  understood" in of("distill gate") and "pass  shuffled" in of("distill gate") and "holes, largest first" in of("distill understand")
     for command in ("distill listing", "python runs/suspect"):
         assert "pass: logits are the circuit's" in of(command)
     assert "R-Acc" in of("distill evaluate --run")
