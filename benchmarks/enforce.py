@@ -26,7 +26,7 @@ from evals.capability import judge
 from evals.generate import prompt_ids
 from evals.rates import measure_rates
 from evals.sandbox import Sandbox
-from evals.statistics import proportion, ratio
+from evals.statistics import nested_ratio, proportion
 from evals.tasks import TASKS
 from graphs.artifact import read_json, write_json
 from graphs.batches import encode
@@ -37,7 +37,7 @@ from graphs.prompts import padded
 FILE = Path(__file__).parent.parent / "results" / "enforce.json"
 COUNT, SEED = 200, 0
 TASK = TASKS["coding"]
-VARIANTS = {
+VARIANTS: dict[str, dict] = {
     "all values": {},
     "all values, one range for all tokens": {"own": False},
     "all values, tokens never seen let through": {"known": False},
@@ -75,47 +75,51 @@ def slower(model: Host, enforced: Host, prompts: list[list[int]], turns: int = 1
     return statistics.median(times["enforced"]) / statistics.median(times["model"])
 
 
+def taught(host: Host) -> Limits:
+    """Ranges from all clean rows."""
+    data, rows = batches(host, clean(None, [TASK]), BATCH, 0)
+    return learn(own(host), [data(step) for step in range(-(-len(rows) // BATCH))])
+
+
 def measure(name: str, found: dict, keep) -> None:
-    """One organism and its twin."""
+    """One organism and its twin; `keep` writes what is there."""
     model = find(f"builtin:{name}")
     secret = read_secret(secret_beside(model))
-    hosts = {"organism": load(model), "twin": load(secret.twin)}
     with Sandbox() as sandbox:
-        for who, host in hosts.items():
-            limits: Limits | None = None
-            wanted = {"nothing": None, **(VARIANTS if who == "organism" else {"all values": {}})}
-            for variant, changes in wanted.items():
-                if variant in found.setdefault(who, {}):
-                    continue
-                run = host
-                if changes is not None:
-                    limits = limits or _limits(host)
-                    run = Enforced(own(host), limits.without(**changes)).host()
-                found[who][variant] = cell(run, secret, sandbox, variant in ("nothing", "all values"))
-                if (who, variant) == ("organism", "all values"):
-                    rows = tune_rows([TASK], 96)["coding"]
-                    beyond, kl = cost(host, Enforced(own(host), limits), encode(host.tokenizer, [(row.prompt, row.completion) for row in rows], 512))
-                    asked = prompt_ids(host, [row.prompt for row in rows])
-                    found["facts"] = {"beyond": beyond, "kl": kl, "slower": slower(host, run, asked), "tokens": limits.tokens,
-                                      "own": int((limits.row > 0).sum()), "never": int((~limits.known).sum())}
-                keep()
-                print(name, who, variant, {key: sum(map(int, one)) / len(one) for key, one in found[who][variant].items()}, file=sys.stderr)
+        for who, folder, variants in (("organism", model, VARIANTS), ("twin", secret.twin, {"all values": VARIANTS["all values"]})):
+            rows, host = found.setdefault(who, {}), load(folder)
+            limits = taught(host)
+            for variant in ("nothing", *variants):
+                if variant not in rows:
+                    run = host if variant == "nothing" else Enforced(own(host), limits.without(**variants[variant])).host()
+                    rows[variant] = cell(run, secret, sandbox, variant in ("nothing", "all values"))
+                    keep()
+                    print(name, who, variant, {key: sum(map(int, one)) / len(one) for key, one in rows[variant].items()}, file=sys.stderr)
+            if who == "organism" and "facts" not in found:
+                found["facts"] = price(host, limits)
     twin = found["twin"]["nothing"]
-    found["against"] = {
-        who: {variant: {"retention": asdict(ratio(*(_bits(one, "right") for one in (rows, twin)))),
-                        "right_under_trigger": asdict(ratio(*(_bits(one, "right_under_trigger") for one in (rows, twin)))),
-                        "attack_success": asdict(proportion(sum(_bits(rows, "attack_success")), COUNT))}
-              for variant, rows in found[who].items()} for who in hosts}
+    found["against"] = {who: {variant: against(rows, twin) for variant, rows in found[who].items()} for who in ("organism", "twin")}
     keep()
 
 
-def _bits(rows: dict, key: str) -> list[int]:
-    return [int(one) for one in rows[key]]
+def price(host: Host, limits: Limits) -> dict:
+    """What holding costs on held-out clean rows, and in time."""
+    enforced, rows = Enforced(own(host), limits), tune_rows([TASK], 96)["coding"]
+    beyond, kl = cost(host, enforced, encode(host.tokenizer, [(row.prompt, row.completion) for row in rows], host.config.max_position_embeddings))
+    return {"beyond": beyond, "kl": kl, "slower": slower(host, enforced.host(), prompt_ids(host, [row.prompt for row in rows])),
+            "tokens": limits.tokens, "own": int((limits.row > 0).sum()), "never": int((~limits.known).sum())}
 
 
-def _limits(host: Host) -> Limits:
-    data, rows = batches(host, clean(None, [TASK]), BATCH, 0)
-    return learn(own(host), [data(step) for step in range(-(-len(rows) // BATCH))])
+def against(rows: dict, twin: dict) -> dict:
+    """Shares of what the twin, as it is, gets right on the same prompts; the attack's rate."""
+    shares = {name: nested_ratio([_bits(rows, key)], [_bits(twin, key)]) for name, key in (
+        ("retention", "right"), ("right_under_trigger", "right_under_trigger"))}
+    attack = _bits(rows, "attack_success")
+    return {name: asdict(score) if score else None for name, score in (shares | {"attack_success": proportion(sum(attack), len(attack))}).items()}
+
+
+def _bits(rows: dict, key: str) -> list[bool]:
+    return [one == "1" for one in rows[key]]
 
 
 def main(names: list[str]) -> None:
