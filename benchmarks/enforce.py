@@ -35,7 +35,7 @@ from graphs.host import Host, load
 from graphs.prompts import padded
 
 FILE = Path(__file__).parent.parent / "results" / "enforce.json"
-COUNT, SEED = 200, 0
+COUNT, SEED = 500, 7
 TASK = TASKS["coding"]
 VARIANTS: dict[str, dict] = {
     "all values": {},
