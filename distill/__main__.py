@@ -12,6 +12,7 @@ import os
 import sys
 
 from distill import config, config_hypotheses
+from graphs import processes
 
 VERBS = {
     "prune": (config.Prune, "distill.prune"),
@@ -32,6 +33,8 @@ VERBS = {
 }
 POSITIONAL = {"explain": "--node", "export": "--run", "monitor": "--action", "understand": "--run", "gate": "--run", "test": "--run"}
 """The flag that a verb's first word stands for, where it begins with no dash."""
+SHARED = ("fit", "prune", "plant", "evaluate")
+"""Verbs whose work several processes share."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         chosen = _parse(verb, arguments)
         config.check(chosen)
+        _meet(verb)
         status = importlib.import_module(VERBS[verb][1]).run(chosen)
         sys.stdout.flush()
         return status
@@ -66,6 +70,23 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; start the same command again to resume", file=sys.stderr)
         return 130
+
+
+def _meet(verb: str) -> None:
+    """What is to be known of the launch. Raises ValueError where several processes were asked for and cannot do this."""
+    if processes.one_of_several_meant():
+        raise ValueError("accelerate launch --cpu has started one process, as it does without mpirun: give --multi_gpu in the place of --cpu "
+                         "(on a machine with GPUs with ACCELERATE_USE_CPU=true before it), which starts --num_processes of them")
+    if not processes.several():
+        return
+    if verb not in SHARED:
+        raise ValueError(f"{verb} runs in one process: start it without accelerate launch ({', '.join(SHARED)} share their work)")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of what it was asked to do
+    if not processes.main():  # answers and progress are the main process's
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if processes.state().device.type != "cpu":
+        raise ValueError("models are trained on the processor: set ACCELERATE_USE_CPU=true before accelerate launch")
 
 
 def _overview() -> str:
@@ -111,7 +132,8 @@ def _read_config(kind: type, path: str) -> dict:
 
 
 def _refuse(sentence: str) -> int:
-    print(f"distill: {' '.join(sentence.split())}", file=sys.stderr)
+    which = "" if processes.main() else f" (process {processes.rank()})"
+    print(f"distill{which}: {' '.join(sentence.split())}", file=sys.stderr)
     return 2
 
 
