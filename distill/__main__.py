@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from distill import config, config_hypotheses
+from distill import config, config_doctor, config_hypotheses
 from graphs import processes
 
 VERBS = {
@@ -30,6 +30,7 @@ VERBS = {
     "export": (config.Export, "distill.export"),
     "plant": (config.Plant, "distill.plant"),
     "experiment": (config.Experiment, "distill.experiment.run"),
+    "doctor": (config_doctor.Doctor, "distill.doctor"),
 }
 POSITIONAL = {"explain": "--node", "export": "--run", "monitor": "--action", "understand": "--run", "gate": "--run", "test": "--run"}
 """The flag that a verb's first word stands for, where it begins with no dash."""
@@ -104,7 +105,7 @@ def _parse(verb: str, arguments: list[str]):
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 >= len(arguments):
-            raise ValueError("--config needs a YAML file after it")
+            raise ValueError("--config stands last: give a YAML file after it")
         defaults = _read_config(kind, arguments[at + 1])
         del arguments[at : at + 2]
     if not defaults:
@@ -123,9 +124,9 @@ def _read_config(kind: type, path: str) -> dict:
         with open(path) as handle:
             values = yaml.safe_load(handle) or {}
     except FileNotFoundError:
-        raise ValueError(f"--config {path}: no such file") from None
+        raise ValueError(f"--config {path}: no such file; give a YAML file of field names and values") from None
     except yaml.YAMLError:
-        raise ValueError(f"--config {path}: not valid YAML") from None
+        raise ValueError(f"--config {path}: not valid YAML; correct it") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: give a mapping of field names to values")
     return config.from_mapping(kind, values, path)
