@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -62,6 +63,20 @@ def test_pruning_on_two_processes_is_pruning_on_one(tiny_run, tiny_model_folder,
     before, after = (made["models"] for made in (one, both))
     assert before["model"]["tasks"] == after["model"]["tasks"]  # the same model, judged by two: to the last bit
     assert not [path.name for path in run.rglob("*") if path.name.endswith(".tmp")]
+
+
+@pytest.mark.slow
+def test_cutting_edges_and_judging_on_two_processes_is_doing_so_on_one(tiny_run, tmp_path):
+    runs, made = [tmp_path / name for name in ("one", "two")], []
+    for run in runs:
+        shutil.copytree(tiny_run, run)
+    asked = words("evaluate", "--as", "edges", edges=0.5, edge_steps=6, prompts=6)
+    assert main([*asked, "--run", str(runs[0])]) == 0
+    assert two(main, tmp_path / "said", [*asked, "--run", str(runs[1])]) == [0, 0]
+    for run in runs:
+        (folder,) = [path.parent for path in (run / "edges").glob("*/receipt.json")]
+        made.append(read_json(folder / "receipt.json"))
+    assert made[0]["kept"] == made[1]["kept"] and made[1]["losses"] == pytest.approx(made[0]["losses"], rel=1e-3)
 
 
 @pytest.mark.slow
