@@ -158,7 +158,8 @@ def kept(targets: Targets, features: int) -> int:
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        loss = torch.nn.functional.kl_div(replacement(batch.ids).log_softmax(-1), targets(batch).log_softmax(-1), log_target=True)
+        loss = torch.nn.functional.kl_div(replacement(batch.ids).log_softmax(-1), targets(batch).log_softmax(-1), log_target=True,
+                                            reduction="batchmean")
         with watching(replacement):
             spread = {site.name: 1.0 for site in targets.host.sites}
             loss = loss + local_loss(targets.host, replacement, batch, FitConfig(features=features), spread)
