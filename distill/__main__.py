@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from distill import config, config_doctor, config_hypotheses
+from distill import config, config_doctor, config_enforce, config_hypotheses
 from graphs import processes
 
 VERBS = {
@@ -26,13 +26,15 @@ VERBS = {
     "test": (config_hypotheses.Test, "distill.regress"),
     "view": (config.View, "distill.view"),
     "monitor": (config.Monitor, "distill.monitor"),
+    "enforce": (config_enforce.Enforce, "distill.enforce"),
     "find": (config.Find, "distill.find"),
     "export": (config.Export, "distill.export"),
     "plant": (config.Plant, "distill.plant"),
     "experiment": (config.Experiment, "distill.experiment.run"),
     "doctor": (config_doctor.Doctor, "distill.doctor"),
 }
-POSITIONAL = {"explain": "--node", "export": "--run", "monitor": "--action", "understand": "--run", "gate": "--run", "test": "--run"}
+POSITIONAL = {"explain": "--node", "export": "--run", "monitor": "--action", "enforce": "--action", "understand": "--run", "gate": "--run",
+              "test": "--run"}
 """The flag that a verb's first word stands for, where it begins with no dash."""
 SHARED = ("fit", "prune", "plant", "evaluate")
 """Verbs whose work several processes share."""

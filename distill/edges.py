@@ -126,8 +126,8 @@ def judge(verb: config.Evaluate) -> dict[str, Any]:
     return judged | {"as": verb.as_, "edges": receipt and receipt["kept"], "settings": receipt and receipt["settings"], "slower": slower}
 
 
-def page(judged: dict[str, Any]) -> str:
-    """What a person reads."""
+def page(judged: dict[str, Any], than: str = "the checkpoint") -> str:
+    """What a person reads. than: which model a token's time is compared with."""
     lines = []
     if judged["edges"]:
         lines += [f"{'edges kept':>28} {'of':>10}", *(f"{key:18} {kept:9,} {all_:10,} {kept / max(1, all_):6.1%}" for key, (kept, all_) in
@@ -143,7 +143,7 @@ def page(judged: dict[str, Any]) -> str:
                 lines.append(f"{name:10} {rate} {_cell(one['backdoor'][rate])}" + (f", {_cell(kept)}{of}" if kept else ""))
         lines.append(f"{name:10} {1e6 / one['speed']['value']:.0f} microseconds a token (batches of 32)")
     if judged["slower"]:
-        lines += ["", f"A token takes {_cell(judged['slower'])} times as long as from the checkpoint."]
+        lines += ["", f"A token takes {_cell(judged['slower'])} times as long as from {than}."]
     return "\n".join(lines)
 
 
