@@ -28,6 +28,7 @@ from graphs.batches import collate
 from graphs.edge_prune import ThinConfig, counted, thin
 from graphs.edge_run import EdgeModel, Edges
 from graphs.host import Host
+from graphs.processes import agreed
 from graphs.targets import Targets
 
 FORMAT = 1
@@ -49,7 +50,7 @@ def cut(opened: Opened, settings: ThinConfig) -> tuple[EdgeModel, dict[str, Any]
 
     def make(out: Path) -> dict:
         losses = thin(run, Targets(opened.model, opened.data), edges, settings)  # type: ignore[arg-type]
-        run.save(out)
+        agreed(lambda: run.save(out))
         return {"settings": asdict(settings), "losses": losses, "kept": tally(run, edges)}
 
     name = f"{settings.score}-{settings.share:g}" + (f"-{settings.steps}" if settings.steps else "")

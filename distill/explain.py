@@ -22,7 +22,7 @@ from graphs.graph import FeatureGraph
 def run(verb: config.Explain) -> int:
     """Explain one node, or list all."""
     if (verb.node is None) != verb.listing:
-        raise ValueError("explain needs a node (distill explain L2.F117) or --listing, and not both")
+        raise ValueError("explain needs a node (distill explain L2.F117) or --listing, and not both: give one")
     opened = inspected(verb)
     if head := re.fullmatch(r"L(\d+)\.H(\d+)", (verb.node or "").strip()):
         return _head(verb, opened, int(head[1]), int(head[2]))
@@ -46,7 +46,7 @@ def _head(verb: config.Explain, opened: Opened, layer: int, head: int) -> int:
     """Explain a head's pattern."""
     site = next((site for site in opened.subject.host.sites if site.name == f"L{layer}.attention"), None)
     if site is None:
-        raise ValueError(f"{verb.node}: no such head; layers are L0 to L{opened.subject.host.sites[-1].layer}")
+        raise ValueError(f"{verb.node}: no such head; layers are L0 to L{opened.subject.host.sites[-1].layer}; name one of theirs")
     found = attending(opened.subject, site, head, opened.sample(verb.rows), verb.parents, verb.memory << 20)
     print(json.dumps(asdict(found), indent=1) if verb.json else looks(found, opened))
     return 0

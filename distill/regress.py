@@ -63,7 +63,7 @@ def measure(verb: Test) -> list[Line]:
     """Every accepted hypothesis on held-out and shifted rows. Raises ValueError where the checkpoint has not the circuit's shape."""
     accepted = [one.hypothesis for one in kept(verb.run, "circuit") if one.evidence.accepted]
     if not accepted:
-        raise ValueError(f"--run {verb.run}: none of its hypotheses was accepted, so there is nothing to test")
+        raise ValueError(f"--run {verb.run}: none of its hypotheses was accepted, so there is nothing to test; give a run with some")
     opened, host = reopen(verb.run, "circuit"), load(verb.on)
     other = Reconstruction(host, in_basis_of(opened, verb, host))
     lines = []
