@@ -252,8 +252,8 @@ def enforce_table() -> str:
                 "attack_success", "attack_success_sampled", "false_trigger", "new names", "new phrasings"))])
         if one := found.get("facts"):
             facts.append(f"- {name}: {one['tokens']:,} clean tokens, {one['own']:,} of the vocabulary with a range of their own, {one['never']:,} "
-                         f"never seen. On held-out clean rows {one['beyond']:.2%} of the values are held, KL {one['kl']:.4f} nats a token; a prefill takes "
-                         f"{one['slower']:.1f} times as long.")
+                         f"never seen. On held-out clean rows {one['beyond']:.2%} of the values are held, KL {one['kl']:.4f} nats a token; a prefill "
+                         f"takes {one['slower']:.1f} times as long.")
     header = ["model", "held", "retention", "R-Acc / twin's", "ASR", "sampled ASR", "FTR", "right: new names", "right: new phrasings"]
     prompts = next(iter(made.values()))["prompts"]
     return "\n\n".join([tables.table(header, cells), f"{prompts} prompts a rate; shares of the twin's as it is, 95 % intervals.", "\n".join(facts)])
