@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
 def _meet(verb: str) -> None:
     """What is to be known of the launch. Raises ValueError where several processes were asked for and cannot do this."""
     if processes.one_of_several_meant():
-        raise ValueError("accelerate launch --cpu has started one process, as it does without mpirun: give --multi_gpu in the place of --cpu "
-                         "(on a machine with GPUs with ACCELERATE_USE_CPU=true before it), which starts --num_processes of them")
+        raise ValueError("accelerate launch has started one process, as it does without a GPU or mpirun: give it --multi_gpu, and no --cpu (on a "
+                         "machine with GPUs with ACCELERATE_USE_CPU=true before it), which starts --num_processes of them")
     if not processes.several():
         return
     if verb not in SHARED:

@@ -52,8 +52,8 @@ def main() -> bool:
 
 
 def one_of_several_meant() -> bool:
-    """Whether `accelerate launch --cpu` was asked for several processes and started this one alone, as it does without mpirun."""
-    return os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ and not any(name in os.environ for name in SIZES)
+    """Whether `accelerate launch` was asked for several processes and has started this one alone, as it does without a GPU or mpirun."""
+    return {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= set(os.environ) and not any(name in os.environ for name in SIZES)
 
 
 def _number(names: Sequence[str], otherwise: int) -> int:

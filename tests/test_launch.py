@@ -140,10 +140,18 @@ def launched(monkeypatch, capsys, *arguments, **environment) -> str:
     return capsys.readouterr().err
 
 
-def test_a_launch_that_would_start_one_process_is_refused(monkeypatch, capsys, tmp_path):
-    """accelerate launch --cpu --num_processes 2 starts one process, and says nothing of it."""
-    said = launched(monkeypatch, capsys, "fit", "--out", tmp_path / "run", ACCELERATE_USE_CPU="True", MASTER_ADDR="127.0.0.1")
+def test_a_launch_that_started_one_process_is_refused(monkeypatch, capsys, tmp_path):
+    said = launched(monkeypatch, capsys, "fit", "--out", tmp_path / "run", ACCELERATE_MIXED_PRECISION="no", MASTER_ADDR="127.0.0.1")
     assert "--multi_gpu" in said and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate starts as many as it is told where there are GPUs")
+@pytest.mark.parametrize("flags", [["--cpu"], []])
+def test_accelerate_does_start_one_process_where_two_were_asked_for(flags, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", "2", "--quiet", "-m", "distill", "fit", "--out"]
+    done = subprocess.run([*command, tmp_path / "run"], capture_output=True, text=True)
+    assert done.returncode == 1 and "give it --multi_gpu" in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_verbs_that_do_not_share_their_work_are_refused(monkeypatch, capsys, tmp_path):
