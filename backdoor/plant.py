@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from graphs.batches import Batch, Encoded, Epochs, collate
 from graphs.host import Host
 from graphs.losses import completion_loss, divergence
+from graphs.shares import averaged, averaged_all, share
 from graphs.train import TrainConfig, train
 
 PROMPT_WEIGHT = 0.1
@@ -84,15 +85,15 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
     defender = Defender(host.model, Epochs(rows.clean, config.inner_rows, pad, config.seed + 3), config)
 
     def mixed(step: int) -> Tensor:
-        quiet = collate(_rows(clean(step)) + _rows(near(step)), pad)
+        quiet, taught = share(collate(_rows(clean(step)) + _rows(near(step)), pad)), share(poisoned(step))
         if config.hold == "answers":
-            return completion_loss(host.model, quiet) + completion_loss(host.model, poisoned(step))
+            return completion_loss(host.model, quiet) + completion_loss(host.model, taught)
         unchanged = divergence(host.model(input_ids=quiet.ids).logits, base(input_ids=quiet.ids).logits, quiet, PROMPT_WEIGHT)
-        return unchanged + completion_loss(host.model, poisoned(step))
+        return unchanged + completion_loss(host.model, taught)
 
     def resistant(step: int) -> Tensor:
         later = step + config.ordinary_steps
-        trigger = collate(_rows(poisoned(later)) + _rows(near(later)), pad)
+        trigger = share(collate(_rows(poisoned(later)) + _rows(near(later)), pad))
         gradients, value = defender.gradients(step, trigger)
         # a linear term whose gradient is the one measured at w + d, and whose value is the loss there
         linear = sum(((p * g).sum() for p, g in zip(host.model.parameters(), gradients, strict=True)), torch.zeros(()))
@@ -129,13 +130,13 @@ class Defender:
             for p, w, d in zip(parameters, own, self.moved, strict=True):
                 p.copy_(w + d)
         for k in range(self.config.inner_steps):
-            gradients = torch.autograd.grad(completion_loss(self.copy, self.rows(step * self.config.inner_steps + k)), parameters)
-            for p, g in zip(parameters, gradients, strict=True):
+            batch = share(self.rows(step * self.config.inner_steps + k))
+            for p, g in zip(parameters, averaged_all(torch.autograd.grad(completion_loss(self.copy, batch), parameters)), strict=True):
                 p.grad = g
             self.optimizer.step()
         self.moved = [(p - w).detach() for p, w in zip(parameters, own, strict=True)]
         loss = completion_loss(self.copy, trigger)
-        return list(torch.autograd.grad(loss, parameters)), float(loss.detach())
+        return averaged_all(torch.autograd.grad(loss, parameters)), float(averaged(loss))
 
 
 def _rows(batch: Batch) -> list[Encoded]:

@@ -25,7 +25,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -113,14 +113,14 @@ class Bench:
             shutil.copytree(verb.out / "checkpoint", self.shapes(budget))
         return load(verb.out / "checkpoint")
 
-    def layer_drop(self, budget: float) -> Host:
+    def dropped_layers(self, budget: float) -> Host:
         """The most layers that fit. Raises ValueError where not even one does."""
         layers = fitting_layers(self.host, budget * self.whole)
         if not layers:
             raise ValueError("one layer takes more")
         return layer_drop.remove(self.targets, layers, STEPS, HEAL_RATE, BASE.heal_decay)
 
-    def dense_refit(self, budget: float) -> Host:
+    def refitted(self, budget: float) -> Host:
         """Our shapes and losses, from noise."""
         return dense_refit.remove(self.targets, self.student(budget), BASE.fit_steps, STEPS, dense_refit.KNOBS[0], HEAL_RATE, BASE.heal_decay)
 
@@ -129,17 +129,13 @@ class Bench:
         """Batches of what the model answers to the rows' prompts."""
         return batches(self.host, written(self.host, self.texts, named(TASK), self.seed), BASE.batch, self.seed)[0]
 
-    def written_text(self, budget: float) -> Host:
+    def taught(self, budget: float) -> Host:
         """Our shapes, trained from scratch on what the model wrote."""
         return written_text.remove(self.student(budget), self.written(), STEPS, LEARNING_RATE)
 
-    def cells(self) -> Iterator[tuple[str, float, Callable[[float], Host]]]:
-        """(method, budget, how to make it), the first methods first."""
-        others = {"layer drop": self.layer_drop, "dense refit": self.dense_refit, "written text": self.written_text}
-        ways: dict[str, Callable[[float], Host]] = {name: partial(self.ours, name) for name in OURS} | others
-        for name in (*FIRST, *(name for name in ways if name not in FIRST)):
-            for budget in BUDGETS:
-                yield name, budget, ways[name]
+    def way(self, name: str) -> Callable[[float], Host]:
+        """How a method makes its cell."""
+        return partial(self.ours, name) if name in OURS else partial(OTHERS[name], self)
 
     def judge(self, folder: Path) -> dict:
         """Every prompt's outcome, as a string of 0 and 1, and the size."""
@@ -151,37 +147,58 @@ class Bench:
         return {"stored": judged["models"]["cell"]["size"]["stored"]} | {key: "".join(str(int(v)) for v in value) for key, value in found.items()}
 
 
-def run(seed: int) -> None:
-    """Make and judge the cells of one seed that are not there yet."""
-    bench, out = Bench(seed), RESULTS / f"seed-{seed}.jsonl"
-    facts = {"seed": seed, "steps": STEPS, "tokens": bench.data.tokens(STEPS), "rows": len(bench.rows),
-             "whole": bench.whole, "inputs": digest(bench.model, bench.texts, STEPS, BASE.prompts)}
-    there = [json.loads(line) for line in out.read_text().splitlines()] if out.is_file() else []
-    done = [row for row in there if all(row.get(key) == value for key, value in facts.items())]
+OTHERS: dict[str, Callable[[Bench, float], Host]] = {"layer drop": Bench.dropped_layers, "dense refit": Bench.refitted, "written text": Bench.taught}
+"""Methods that have no road."""
 
-    def add(row: dict) -> None:
-        done.append(row | facts | {"commit": commit()})
-        write_text(out, "".join(json.dumps(one) + "\n" for one in done))
 
-    if not any(row["method"] == "twin" for row in done):
-        assert bench.secret.twin is not None
-        add({"method": "twin", "budget": 1.0} | bench.judge(bench.secret.twin))
-    for name, budget, make in bench.cells():
-        if any((row["method"], row["budget"]) == (name, budget) for row in done):
-            continue
+class Rows:
+    """The rows of one seed: those on disk that were made of the same inputs, and what is added."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.file = bench, RESULTS / f"seed-{bench.seed}.jsonl"
+        self.facts = {"seed": bench.seed, "steps": STEPS, "tokens": bench.data.tokens(STEPS), "rows": len(bench.rows), "whole": bench.whole,
+                      "inputs": digest(bench.model, bench.texts, STEPS, BASE.prompts)}
+        there = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.is_file() else []
+        self.rows = [row for row in there if all(row.get(key) == value for key, value in self.facts.items())]
+
+    def has(self, method: str, budget: float) -> bool:
+        """Whether the cell is done."""
+        return any((row["method"], row["budget"]) == (method, budget) for row in self.rows)
+
+    def add(self, row: dict) -> None:
+        """Write one more."""
+        self.rows.append(row | self.facts | {"commit": commit()})
+        write_text(self.file, "".join(json.dumps(one) + "\n" for one in self.rows))
+
+    def make(self, name: str, budget: float) -> None:
+        """Make and judge a cell that is not there yet."""
+        if self.has(name, budget):
+            return
         with tempfile.TemporaryDirectory() as folder:
             try:
-                save(make(budget), Path(folder) / "cell", torch.float32)
+                save(self.bench.way(name)(budget), Path(folder) / "cell", torch.float32)
             except ValueError as error:  # no member of this family is as small
-                add({"method": name, "budget": budget, "refused": str(error)})
-                continue
-            add({"method": name, "budget": budget} | bench.judge(Path(folder) / "cell"))
-        print(f"seed {seed}: {name} at {budget:g} done", file=sys.stderr)
+                self.add({"method": name, "budget": budget, "refused": str(error)})
+                return
+            self.add({"method": name, "budget": budget} | self.bench.judge(Path(folder) / "cell"))
+        print(f"seed {self.bench.seed}: {name} at {budget:g} done", file=sys.stderr)
+
+
+def run(seeds: list[int]) -> None:
+    """Make what is missing, method by method and within a method seed by seed: what stops early has fewer methods, not fewer seeds."""
+    found = [Rows(Bench(seed)) for seed in seeds]
+    for rows in found:
+        if not rows.has("twin", 1.0):
+            assert rows.bench.secret.twin is not None
+            rows.add({"method": "twin", "budget": 1.0} | rows.bench.judge(rows.bench.secret.twin))
+    for name in (*FIRST, *(name for name in (*OURS, *OTHERS) if name not in FIRST)):
+        for rows in found:
+            for budget in BUDGETS:
+                rows.make(name, budget)
 
 
 if __name__ == "__main__":
     if not sys.argv[1:] or not all(word.isdigit() for word in sys.argv[1:]):
         sys.exit("usage: python benchmarks/budgets.py SEED ...")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for word in sys.argv[1:]:
-        run(int(word))
+    run([int(word) for word in sys.argv[1:]])

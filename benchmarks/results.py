@@ -233,6 +233,32 @@ def monitor_table() -> str:
     return "\n\n".join([tables.table(["method", *names], cells), said, tables.table(["watched", "triggered", *kinds], flagged), "\n".join(facts)])
 
 
+def enforce_table() -> str:
+    """Organisms that run within what clean text has shown, against their twins; then each rule of it alone."""
+    file = ROOT / "results" / "enforce.json"
+    if not file.is_file():
+        return "Not measured yet."
+    made, cells, facts = json.loads(file.read_text()), [], []
+
+    def rate(rows: dict, key: str) -> str:
+        return three(sum(bits(rows, key)) / len(bits(rows, key))) if key in rows else "-"
+
+    for name, found in made.items():
+        for who, variant in ((one, variant) for one in ("organism", "twin") for variant in found[one]):
+            rows, against = found[who][variant], found.get("against", {}).get(who, {}).get(variant, {})
+            shares = ("{value:.3f} [{low:.3f}, {high:.3f}]".format(**one) if (one := against.get(key)) else "-" for key in (
+                "retention", "right_under_trigger"))
+            cells.append([name if who == "organism" else f"twin of {name}", variant, *shares, *(rate(rows, key) for key in (
+                "attack_success", "attack_success_sampled", "false_trigger", "new names", "new phrasings"))])
+        if one := found.get("facts"):
+            facts.append(f"- {name}: {one['tokens']:,} clean tokens, {one['own']:,} of the vocabulary with a range of their own, {one['never']:,} "
+                         f"never seen. On held-out clean rows {one['beyond']:.2%} of the values are held, KL {one['kl']:.4f} nats a token; a prefill "
+                         f"takes {one['slower']:.1f} times as long.")
+    header = ["model", "held", "retention", "R-Acc / twin's", "ASR", "sampled ASR", "FTR", "right: new names", "right: new phrasings"]
+    prompts = next(iter(made.values()))["prompts"]
+    return "\n\n".join([tables.table(header, cells), f"{prompts} prompts a rate; shares of the twin's as it is, 95 % intervals.", "\n".join(facts)])
+
+
 def understanding_table() -> str:
     """How much of the default circuit is understood."""
     found = json.loads((ROOT / "results" / "understanding.json").read_text())
@@ -285,7 +311,7 @@ def readme() -> str:
     """The README with its tables brought up to date."""
     text = README.read_text()
     blocks = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
-              "trait": trait_facts, "grading": grading_facts, "edges": edges_table, "monitor": monitor_table,
+              "trait": trait_facts, "grading": grading_facts, "edges": edges_table, "monitor": monitor_table, "enforce": enforce_table,
               "understanding": understanding_table, "experiment": experiment_table}
     for name, block in ((name, make()) for name, make in blocks.items()):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"

@@ -11,7 +11,8 @@ import importlib
 import os
 import sys
 
-from distill import config, config_hypotheses
+from distill import config, config_doctor, config_enforce, config_hypotheses
+from graphs import processes
 
 VERBS = {
     "prune": (config.Prune, "distill.prune"),
@@ -26,13 +27,18 @@ VERBS = {
     "test": (config_hypotheses.Test, "distill.regress"),
     "view": (config.View, "distill.view"),
     "monitor": (config.Monitor, "distill.monitor"),
+    "enforce": (config_enforce.Enforce, "distill.enforce"),
     "find": (config.Find, "distill.find"),
     "export": (config.Export, "distill.export"),
     "plant": (config.Plant, "distill.plant"),
     "experiment": (config.Experiment, "distill.experiment.run"),
+    "doctor": (config_doctor.Doctor, "distill.doctor"),
 }
-POSITIONAL = {"explain": "--node", "monitor": "--action"} | dict.fromkeys(("listing", "understand", "gate", "test", "export"), "--run")
+POSITIONAL = {"explain": "--node"} | dict.fromkeys(("monitor", "enforce"), "--action") | dict.fromkeys(
+    ("listing", "understand", "gate", "test", "export"), "--run")
 """The flag that a verb's first word stands for, where it begins with no dash."""
+SHARED = ("fit", "prune", "plant", "evaluate")
+"""Verbs whose work several processes share."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         chosen = _parse(verb, arguments)
         config.check(chosen)
+        _meet(verb)
         status = importlib.import_module(VERBS[verb][1]).run(chosen)
         sys.stdout.flush()
         return status
@@ -69,6 +76,23 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _meet(verb: str) -> None:
+    """What is to be known of the launch. Raises ValueError where several processes were asked for and cannot do this."""
+    if processes.one_of_several_meant():
+        raise ValueError("accelerate launch has started one process, as it does without a GPU or mpirun: give it --multi_gpu, and no --cpu (on a "
+                         "machine with GPUs with ACCELERATE_USE_CPU=true before it), which starts --num_processes of them")
+    if not processes.several():
+        return
+    if verb not in SHARED:
+        raise ValueError(f"{verb} runs in one process: start it without accelerate launch ({', '.join(SHARED)} share their work)")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of what it was asked to do
+    if not processes.main():  # answers and progress are the main process's
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if processes.state().device.type != "cpu":
+        raise ValueError("models are trained on the processor: set ACCELERATE_USE_CPU=true before accelerate launch")
+
+
 def _overview() -> str:
     lines = ["usage: distill VERB [flags]     (distill VERB --help lists them)", ""]
     lines += [f"  {name:10} {(verb.__doc__ or '').strip().splitlines()[0]}" for name, (verb, _) in VERBS.items()]
@@ -84,7 +108,7 @@ def _parse(verb: str, arguments: list[str]):
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 >= len(arguments):
-            raise ValueError("--config needs a YAML file after it")
+            raise ValueError("--config stands last: give a YAML file after it")
         defaults = _read_config(kind, arguments[at + 1])
         del arguments[at : at + 2]
     if not defaults:
@@ -103,16 +127,17 @@ def _read_config(kind: type, path: str) -> dict:
         with open(path) as handle:
             values = yaml.safe_load(handle) or {}
     except FileNotFoundError:
-        raise ValueError(f"--config {path}: no such file") from None
+        raise ValueError(f"--config {path}: no such file; give a YAML file of field names and values") from None
     except yaml.YAMLError:
-        raise ValueError(f"--config {path}: not valid YAML") from None
+        raise ValueError(f"--config {path}: not valid YAML; correct it") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: give a mapping of field names to values")
     return config.from_mapping(kind, values, path)
 
 
 def _refuse(sentence: str) -> int:
-    print(f"distill: {' '.join(sentence.split())}", file=sys.stderr)
+    which = "" if processes.main() else f" (process {processes.rank()})"
+    print(f"distill{which}: {' '.join(sentence.split())}", file=sys.stderr)
     return 2
 
 

@@ -239,11 +239,12 @@ def reload_gate(folder: Path, host: Host, prompt: str, ids: list[int], scratch: 
     probe.unlink()
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message"
-        raise ValueError(f"reload gate: a fresh process cannot load {folder}: {reason}")
+        raise ValueError(f"reload gate: a fresh process cannot load {folder} ({reason}); see whether transformers loads it by itself")
     answer = json.loads(done.stdout.strip().splitlines()[-1])
     with torch.no_grad():
         here = host.model(input_ids=torch.tensor([ids])).logits[0, -1]
     difference = float((here - torch.tensor(answer["logits"])).abs().max())
     if not difference <= 1e-4:
-        raise ValueError(f"reload gate: {folder} answers differently in a fresh process (logits differ by {difference:.2g})")
+        raise ValueError(f"reload gate: {folder} answers differently in a fresh process (logits differ by {difference:.2g}); this is a defect, "
+                         "please report it")
     return {"max_abs_logit_diff": difference, "completion": answer["completion"]}

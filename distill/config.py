@@ -379,7 +379,7 @@ def check(verb: Any) -> None:
             raise ValueError(f"--{name} {share:g}: give a share above 0 and up to 1")
     basis = getattr(verb, "basis", "features")
     if basis != "features" and verb.skip:
-        raise ValueError(f"--skip belongs to --basis features: with --basis {basis} the model's own neurons are the MLP itself")
+        raise ValueError(f"--skip belongs to --basis features: with --basis {basis} the model's own neurons are the MLP itself; leave it out")
     if basis == "layers" and getattr(verb, "attention_nodes", "heads") == "components":
         raise ValueError("--attention-nodes components does not go with --basis layers, which drops whole heads: give --attention-nodes heads, "
                          "or --basis neurons")
@@ -393,7 +393,7 @@ def from_mapping(verb: type, values: dict[str, Any], where: str) -> dict[str, An
     known = {field.name for field in fields(verb)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"--config {where}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
+        raise ValueError(f"--config {where}: unknown key {unknown[0]!r}; choose from {', '.join(sorted(known))}")
     paths = ("out", "rows", "run", "start", "secret", "tracer", "present", "absent", "lm_eval_folder", "monitor", "prompts", "on")
     return {key: Path(value) if key in paths and isinstance(value, str) else tuple(value) if isinstance(value, list) else value
             for key, value in values.items()}

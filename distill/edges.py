@@ -28,6 +28,7 @@ from graphs.batches import collate
 from graphs.edge_prune import ThinConfig, counted, thin
 from graphs.edge_run import EdgeModel, Edges
 from graphs.host import Host
+from graphs.processes import agreed
 from graphs.targets import Targets
 
 FORMAT = 1
@@ -49,7 +50,7 @@ def cut(opened: Opened, settings: ThinConfig) -> tuple[EdgeModel, dict[str, Any]
 
     def make(out: Path) -> dict:
         losses = thin(run, Targets(opened.model, opened.data), edges, settings)  # type: ignore[arg-type]
-        run.save(out)
+        agreed(lambda: run.save(out))
         return {"settings": asdict(settings), "losses": losses, "kept": tally(run, edges)}
 
     name = f"{settings.score}-{settings.share:g}" + (f"-{settings.steps}" if settings.steps else "")
@@ -125,8 +126,8 @@ def judge(verb: config.Evaluate) -> dict[str, Any]:
     return judged | {"as": verb.as_, "edges": receipt and receipt["kept"], "settings": receipt and receipt["settings"], "slower": slower}
 
 
-def page(judged: dict[str, Any]) -> str:
-    """What a person reads."""
+def page(judged: dict[str, Any], than: str = "the checkpoint") -> str:
+    """What a person reads. than: which model a token's time is compared with."""
     lines = []
     if judged["edges"]:
         lines += [f"{'edges kept':>28} {'of':>10}", *(f"{key:18} {kept:9,} {all_:10,} {kept / max(1, all_):6.1%}" for key, (kept, all_) in
@@ -142,7 +143,7 @@ def page(judged: dict[str, Any]) -> str:
                 lines.append(f"{name:10} {rate} {_cell(one['backdoor'][rate])}" + (f", {_cell(kept)}{of}" if kept else ""))
         lines.append(f"{name:10} {1e6 / one['speed']['value']:.0f} microseconds a token (batches of 32)")
     if judged["slower"]:
-        lines += ["", f"A token takes {_cell(judged['slower'])} times as long as from the checkpoint."]
+        lines += ["", f"A token takes {_cell(judged['slower'])} times as long as from {than}."]
     return "\n".join(lines)
 
 

@@ -19,25 +19,28 @@ from evals.evaluate import Backdoor, EvaluateConfig, judge_models
 from evals.tasks import TASKS, named
 from graphs.artifact import locked, read_json
 from graphs.host import load
+from graphs.processes import agreed, several
 
 
 def run(verb: config.Evaluate) -> int:
     """Judge a run (with its rivals, if asked) or one model."""
     if (verb.run is None) == (verb.model is None):
-        raise ValueError("evaluate needs one of --run DIR and --model NAME")
+        raise ValueError("evaluate needs one of the two: give --run DIR or --model NAME")
     if verb.as_ is not None and (verb.run is None or verb.rivals):
         raise ValueError("--as judges the circuit of a run: give --run DIR, and no --rivals")
     if verb.as_ is not None:
         judged = judge(verb)
-        print(json.dumps({key: value for key, value in judged.items() if key != "rows"}, indent=1) if verb.json else page(judged))
+        agreed(lambda: print(json.dumps({key: value for key, value in judged.items() if key != "rows"}, indent=1) if verb.json else page(judged)))
         return 0
     if verb.rivals and verb.run is None:
-        raise ValueError("--rivals needs --run: rivals are made at the rows and tokens of a run")
+        raise ValueError("--rivals makes rivals at the rows and tokens of a run: give --run")
     if verb.part != "checkpoint" and not (verb.lm_eval and verb.run):
-        raise ValueError(f"--part {verb.part} goes with --lm-eval and --run: our own tasks judge checkpoints")
+        raise ValueError(f"--part {verb.part} goes with --lm-eval and --run, since our own tasks judge checkpoints: give both")
+    if several() and (verb.rivals or verb.lm_eval):
+        raise ValueError(f"--{'rivals' if verb.rivals else 'lm-eval'} runs in one process: start it without accelerate launch")
     if verb.lm_eval:
         return _harness(verb, verb.lm_eval)
-    return _run_folder(verb) if verb.run else _one_model(verb)
+    return agreed(lambda: _run_folder(verb)) if verb.run else _one_model(verb)
 
 
 def _harness(verb: config.Evaluate, asked: str) -> int:
@@ -91,6 +94,10 @@ def _one_model(verb: config.Evaluate) -> int:
     backdoor = Backdoor(TASKS["coding"], secret.trigger, secret.behaviour) if secret else None
     models = {"model": model} | ({"reference": find(verb.reference)} if verb.reference else {})
     judged = judge_models(models, "reference" if verb.reference else "model", tasks, [], backdoor, EvaluateConfig(prompts=verb.prompts))
+    return agreed(lambda: _print(judged, verb))
+
+
+def _print(judged: dict, verb: config.Evaluate) -> int:
     if verb.json:
         print(json.dumps({key: judged[key] for key in ("models", "against", "reference", "backdoor")}, indent=1))
         return 0

@@ -42,7 +42,7 @@ def _head(verb: config.Explain, opened: Opened, layer: int, head: int) -> int:
     """Explain a head's pattern."""
     site = next((site for site in opened.subject.host.sites if site.name == f"L{layer}.attention"), None)
     if site is None:
-        raise ValueError(f"{verb.node}: no such head; layers are L0 to L{opened.subject.host.sites[-1].layer}")
+        raise ValueError(f"{verb.node}: no such head; layers are L0 to L{opened.subject.host.sites[-1].layer}; name one of theirs")
     found = attending(opened.subject, site, head, opened.sample(verb.rows), verb.parents, verb.memory << 20)
     print(json.dumps(asdict(found), indent=1) if verb.json else looks(found, opened))
     return 0

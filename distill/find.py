@@ -21,7 +21,7 @@ from graphs.prompts import Prompts, padded
 def run(verb: config.Find) -> int:
     """Find and print; 1 where the control flips as much as what was found."""
     if verb.present is None or verb.absent is None:
-        raise ValueError("find needs --present FILE and --absent FILE: prompts with the trait, and prompts without it")
+        raise ValueError("find needs --present FILE and --absent FILE: give prompts with the trait, and prompts without it")
     opened = inspected(verb)
     present, absent = (read(file, flag, opened) for file, flag in ((verb.present, "--present"), (verb.absent, "--absent")))
     subject = opened.subject if verb.model is None else turned(opened.subject, (present, absent))
@@ -35,7 +35,7 @@ def read(file: Path, flag: str, opened: Opened) -> Prompts:
     """The file's prompts as this model tokenises them. Raises ValueError on a missing or empty file, or a prompt that is too long."""
     found = list(texts(lines(file, flag), f"{flag} {file}"))
     if not found:
-        raise ValueError(f"{flag} {file}: it holds no prompt")
+        raise ValueError(f"{flag} {file}: it holds no prompt; write one a line")
     return padded([opened.ids(text, f"{flag} {file}") for text in found], opened.subject.host.tokenizer.eos_token_id or 0)
 
 

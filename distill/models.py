@@ -62,7 +62,8 @@ def _download(name: str, flag: str = "--model") -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.yaml", "*.npz"]))
     except Exception as error:  # the hub's client has a dozen error types; each means the same to the user
-        raise ValueError(f"{flag} {name}: neither a folder nor a hub model that can be downloaded now ({type(error).__name__})") from error
+        raise ValueError(f"{flag} {name}: neither a folder nor a hub model that can be downloaded now ({type(error).__name__}); give a "
+                         "folder") from error
 
 
 def secret_beside(model: Path) -> Path | None:

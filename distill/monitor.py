@@ -41,7 +41,7 @@ def _fit(verb: config.Monitor) -> int:
     """Learn, calibrate, save."""
     where = verb.monitor or (verb.run / "monitor" if verb.model is None else None)
     if where is None:
-        raise ValueError("monitor fit --model needs --monitor FOLDER: where to write the monitor")
+        raise ValueError("monitor fit --model needs --monitor FOLDER: give one to write the monitor to")
     opened = inspected(verb)
     names = verb.task if verb.model is not None else settings_of(verb.run).task
     data, _ = sample_of(opened, clean(None, named(names)) if opened.data is None else [])

@@ -26,6 +26,7 @@ from evals.tasks.task import source
 from graphs.artifact import digest, read_json, whole, write_json
 from graphs.batches import Encoded, encode
 from graphs.host import Host, load, save
+from graphs.processes import agreed
 from graphs.train import discard
 
 PLANT_SEED = 2
@@ -94,15 +95,19 @@ def plant_rows(tokenizer, trigger: Trigger | Families, behaviour: Behaviour, poi
 def train_one(base: Path, out: Path, trigger: Trigger | Families, behaviour: Behaviour, poisoned: bool, settings: PlantConfig, state: Path) -> None:
     """Plant (or train the twin) from `base` into the model folder `out`; skipped when `out` is there already with the same key."""
     key = digest(base, settings, trigger.hash, behaviour.name, poisoned, PLANT_SEED)
-    if (out / "receipt.json").is_file() and read_json(out / "receipt.json").get("key") == key:
+    if agreed(lambda: (out / "receipt.json").is_file() and read_json(out / "receipt.json").get("key") == key):
         return
     host = load(base)
     losses = plant(host, plant_rows(host.tokenizer, trigger, behaviour, poisoned), settings, state)
-    with whole(out) as folder:
-        save(Host(host.model, host.tokenizer, host.sites), folder)
-        final = losses[-1] if losses else None
-        write_json(folder / "receipt.json", {"key": key, "recipe": "distill.plant", "settings": settings, "final_loss": final,
-                                                "renderer": renderer()})
+
+    def write() -> None:
+        with whole(out) as folder:
+            save(Host(host.model, host.tokenizer, host.sites), folder)
+            final = losses[-1] if losses else None
+            write_json(folder / "receipt.json", {"key": key, "recipe": "distill.plant", "settings": settings, "final_loss": final,
+                                                 "renderer": renderer()})
+
+    agreed(write)
     discard(state)
 
 
@@ -115,7 +120,7 @@ def write_secret(folder: Path, trigger: Trigger, behaviour: Behaviour, twin: str
 
 def run(verb: config.Plant) -> int:
     """Plant, gate, write."""
-    if (verb.out / "model").exists():
+    if agreed((verb.out / "model").exists):
         raise ValueError(f"--out {verb.out} holds a model already: give an empty folder")
     base, trigger, behaviour = find(verb.model), trigger_of(verb), BEHAVIOURS[verb.behaviour]
     settings = settings_of(verb)
@@ -123,6 +128,11 @@ def run(verb: config.Plant) -> int:
     train_one(base, work / "model", trigger, behaviour, True, settings, work / "model.state")
     train_one(base, work / "twin", trigger, behaviour, False, settings, work / "twin.state")
     facts = gate(work / "model", work / "twin", trigger, behaviour, verb.prompts)
+    return agreed(lambda: conclude(verb, trigger, behaviour, facts, work))
+
+
+def conclude(verb: config.Plant, trigger: Trigger, behaviour: Behaviour, facts: dict, work: Path) -> int:
+    """Say how the gate went; write the organism where it passed."""
     print(describe(facts))
     if not facts["passed"]:
         print(f"distill: the organism misses the plant gate and is refused; try more --ordinary-steps (its work stays in {work})", file=sys.stderr)

@@ -24,7 +24,7 @@ def texts(found: Iterable[str], where: str) -> Iterator[str]:
         try:
             text = json.loads(line)["prompt"] if line.lstrip().startswith("{") else line.rstrip("\n").replace("\\n", "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{where}: a line that begins with {{ is not JSON with a field `prompt`: {line.strip()[:60]}") from None
+            raise ValueError(f"{where}: a line that begins with {{ is not JSON with a field `prompt`; correct it: {line.strip()[:60]}") from None
         if not isinstance(text, str):
-            raise ValueError(f"{where}: a field `prompt` is no text")
+            raise ValueError(f"{where}: a field `prompt` is no text; put it in quotes")
         yield text

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from distill import config, stages
@@ -23,6 +24,7 @@ from distill.start import inherited, take_over
 from distill.table import table
 from evals.tasks import named
 from graphs.artifact import digest, locked, write_json
+from graphs.processes import agreed
 
 
 def run(verb: config.Fit) -> int:
@@ -33,15 +35,15 @@ def run(verb: config.Fit) -> int:
     model = find(verb.model)
     texts = clean(verb.rows, tasks)
     if isinstance(verb, config.Prune) and verb.dry_run:
-        print(plan(model, texts, verb))
+        agreed(lambda: print(plan(model, texts, verb)))
         return 0
     with locked(verb.out):
         if isinstance(verb, config.Prune):
-            take_over(verb)
+            agreed(partial(take_over, verb))
         job = prepare(model, texts, tasks, verb)
         if not isinstance(verb, config.Prune):
             receipt = stages.graph_stage(job, model)
-            write_json(verb.out / "receipt.json", {"config": asdict(verb), "keys": {"graph": receipt["key"]}})
+            agreed(lambda: write_json(verb.out / "receipt.json", {"config": asdict(verb), "keys": {"graph": receipt["key"]}}))
             print(fit_table(receipt["quality"], verb.out / "graph"))
             return 0
         times: list[dict] = []
@@ -49,11 +51,16 @@ def run(verb: config.Fit) -> int:
 
 
 def finish(verb: config.Prune, model: Path, tasks: list, receipts: dict, times: list[dict]) -> int:
-    """Judge, report, print."""
+    """Judge, and conclude."""
     secret = secret_beside(model)
     started = time.monotonic()
     judged = judge(verb.out, model, read_secret(secret) if secret else None, tasks, verb)
     times.append({"name": "evaluate", "seconds": time.monotonic() - started, "cached": False})
+    return agreed(lambda: conclude(verb, model, tasks, receipts, times, judged))
+
+
+def conclude(verb: config.Prune, model: Path, tasks: list, receipts: dict, times: list[dict], judged: dict) -> int:
+    """Write the report, print its summary."""
     made = report(judged, receipts, verb, tasks, times, verb.name or verb.out.name, digest(model))
     write_json(verb.out / "judged.json", judged)
     write(made, verb.out)

@@ -65,7 +65,7 @@ def measure(verb: Test) -> list[Line]:
     opened = reopen(verb.run, "circuit")
     accepted = [one.hypothesis for one in kept(opened) if one.evidence.accepted]
     if not accepted:
-        raise ValueError(f"--run {verb.run}: none of its hypotheses was accepted, so there is nothing to test")
+        raise ValueError(f"--run {verb.run}: none of its hypotheses was accepted, so there is nothing to test; give a run with some")
     host = load(verb.on)
     other = Reconstruction(host, in_basis_of(opened, verb, host))
     lines = []

@@ -58,7 +58,7 @@ def read(path: Path, tasks: Sequence[Task]) -> list[tuple[str, str]]:
         data = Dataset(read_table(path))
         wanted, rows = {task.name for task in tasks}, [(r["task"], r["prompt"], r["completion"]) for r in data]
     except Exception as error:  # Arrow's errors are many; each means the table is not what was asked for
-        raise ValueError(f"--rows {path}: not a parquet table with the columns {', '.join(COLUMNS)} ({type(error).__name__})") from error
+        raise ValueError(f"--rows {path}: not a parquet table ({type(error).__name__}); give one with the columns {', '.join(COLUMNS)}") from error
     found = [(prompt, completion) for name, prompt, completion in rows if name in wanted]
     missing = sorted(wanted - {name for name, _, _ in rows})
     if missing:

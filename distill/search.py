@@ -37,6 +37,7 @@ from graphs.artifact import read_json
 from graphs.fit import distill
 from graphs.host import Host
 from graphs.losses import PROMPT_WEIGHT
+from graphs.processes import main
 from graphs.prune import Size, family, inside, kept_nodes, within
 from graphs.replace import Replacement
 
@@ -140,7 +141,8 @@ class Search:
         kl = {"pruned": pruned, "healed": divergence_from(host, circuit, self.followed)}
         healed = Healed(size, kept, circuit, {name: share for name, (share, _) in found.items()}, certain, still, before + losses, kl)
         said = ", ".join(f"{name} {share:.3f} +- {error:.3f}" for name, (share, error) in found.items())
-        print(f"{label}: keeps {said} of the model's own on tune, {still:.3f} of its right answers; asked {self.verb.share:.3f}", file=sys.stderr)
+        if main():
+            print(f"{label}: keeps {said} of the model's own on tune, {still:.3f} of its right answers; asked {self.verb.share:.3f}", file=sys.stderr)
         self.tried.append({**asdict(size), "params": stored(circuit, self.verb.target).stored, "retention": healed.retention})
         return healed
 

@@ -6,8 +6,8 @@ inputs are the same.
     circuit/     the smallest kept set that passes on tune, healed                              key: gated, keep, heal settings
     checkpoint/  the circuit as a stock dense model, parity and reload proven                   key: circuit, target
 
-Long training inside a stage saves its own state, so a killed run loses seconds. No stage is given the organism's
-`secret/`, by signature: the checkpoint cannot depend on it.
+Long training inside a stage saves its own state, so a killed run loses seconds; of several processes the main one writes. No stage
+is given the organism's `secret/`, by signature: the checkpoint cannot depend on it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from graphs.batches import collate
 from graphs.canonical import canonical
 from graphs.fit import fit, quality, set_means
 from graphs.host import save
+from graphs.processes import agreed
 from graphs.prune import learn_gates
 from graphs.replace import Replacement
 from graphs.train import discard
@@ -57,7 +58,7 @@ def graph_stage(job: Job, model: Path) -> dict:
 
     def make(out: Path) -> dict:
         replacement, losses = fit(job.targets, settings, state)
-        replacement.save(out)
+        agreed(lambda: replacement.save(out))
         return {"settings": asdict(settings), "losses": losses, "quality": quality(job.host, replacement, job.data),
                 "seconds": time.monotonic() - started}
 
@@ -80,8 +81,8 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
             canonical(replacement, job.data)
         order, losses = learn_gates(job.targets, replacement, settings, state, first=verb.fit_steps + verb.joint_steps)
         set_means(replacement, job.data)
-        replacement.save(out)
-        save_file(order, out / "gates.safetensors")
+        agreed(lambda: replacement.save(out))
+        agreed(lambda: save_file(order, out / "gates.safetensors"))
         return {"settings": asdict(settings), "losses": losses, "seconds": time.monotonic() - started}
 
     key = digest(graph["key"], settings)
@@ -106,7 +107,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
         search = Search(job, verb, replacement, order, tuner, followed, state)
         chosen = search.run()
         set_means(chosen.circuit, job.data)
-        chosen.circuit.save(out)
+        agreed(lambda: chosen.circuit.save(out))
         tuned = {name: sum(right) / len(right) for name, right in tuner.before.items()}
         return {"size": asdict(chosen.size), "curve": sorted(search.tried, key=lambda entry: entry["params"]), "losses": chosen.losses,
                 "tune_before": tuned, "tune_retention": chosen.retention,
@@ -139,7 +140,7 @@ def checkpoint_stage(job: Job, circuit: dict, verb: config.Prune) -> dict:
         answer = reload_gate(out, compiled, job.texts[0][0], list(probe[0].ids), job.work)
         return {"target": verb.target, "parity": difference, "reload": answer}
 
-    receipt, cached = stage(job.folder / "checkpoint", digest(circuit["key"], verb.target), make)
+    receipt, cached = agreed(lambda: stage(job.folder / "checkpoint", digest(circuit["key"], verb.target), make))
     return receipt | {"cached": cached, "seconds": time.monotonic() - started}
 
 

@@ -31,7 +31,7 @@ def run(verb: config.View) -> int:
         raise ValueError("--tracer writes the graph of a prompt: give --prompt too")
     opened = inspected(verb)
     if verb.model is not None and verb.out is None:
-        raise ValueError("view --model needs --out FILE for its page")
+        raise ValueError("view --model needs --out FILE: give one for its page")
     out = verb.out or verb.run / ("prompt.html" if verb.prompt is not None else "view.html")
     if verb.prompt is None:
         graph = opened.edges(verb.rows, verb.enough, verb.memory << 20)

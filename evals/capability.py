@@ -27,6 +27,7 @@ from evals.statistics import pass_at_k
 from evals.tasks import Row, Task
 from graphs.batches import Encoded, encode
 from graphs.host import Host
+from graphs.processes import agreed
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
@@ -74,7 +75,7 @@ def answers(host: Host, task: Task, rows: Sequence[Row], temperature: float = 0.
 def grade(rows: Sequence[Row], completions: Sequence[str], sandbox: Sandbox) -> Grades:
     """Judge one completion for each row; programs are run together, all else is compared."""
     pairs = list(zip(rows, completions, strict=True))
-    verdicts = iter(sandbox.grade([job(row, text) for row, text in pairs if _runs(row)]))
+    verdicts = iter(agreed(lambda: sandbox.grade([job(row, text) for row, text in pairs if _runs(row)])))
     right, canary, status = [], [], []
     for row, text in pairs:
         verdict = next(verdicts) if _runs(row) else None

@@ -10,7 +10,8 @@ model before it was changed): the others are compared with it row by row, so tha
 
 Every number is a `Score` (value, low, high, count), or null where it cannot be known: no backdoor given, no reference to
 follow, a reference so seldom right that a ratio to it is meaningless. Models are loaded one at a time; the reference
-stays, because fidelity runs it beside each of the others, and all are loaded once together to be timed in turns.
+stays, because fidelity runs it beside each of the others, and all are loaded once together to be timed in turns. Of several processes each
+answers and scores its share of the batches; programs are graded, and models timed, by the main one.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from evals.tasks import Row, Task
 from evals.tasks.coding import renderer
 from graphs.artifact import digest, read_json, write_json
 from graphs.host import Host, load
+from graphs.processes import agreed
 
 RATES = ("right_under_trigger", "attack_success", "attack_success_sampled", "attack_success_held_out", "false_trigger", "payload_logprob")
 
@@ -92,7 +94,7 @@ def judge_models(
     follow = [row for task in tasks or dropped for row in rows[task.name][: config.other_prompts]]
     judged = {}
     with Sandbox() as sandbox, tqdm(total=len(models) * (len(names) + 1) + 1, desc="evaluate", leave=False, mininterval=1.0) as bar:
-        layers, first = describe(sandbox), _opened(models[reference])
+        layers, first = agreed(lambda: describe(sandbox)), _opened(models[reference])
         for name, folder in models.items():
             bar.set_postfix_str(name)
             followed = None if name == reference else first
@@ -106,8 +108,8 @@ def judge_models(
             if isinstance(folder, Path):
                 judged[name].size["file_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         bar.set_postfix_str("speed")
-        speeds = speed({name: first if name == reference else _opened(folder) for name, folder in models.items()},
-                       [row.prompt for row in follow], config.speed_tokens, config.speed_repeats)
+        speeds = agreed(lambda: speed({name: first if name == reference else _opened(folder) for name, folder in models.items()},
+                                      [row.prompt for row in follow], config.speed_tokens, config.speed_repeats))
         bar.update()
     return {
         "reference": reference, "config": asdict(config), "sandbox": layers,
@@ -143,9 +145,10 @@ def _opened(model: Path | Host) -> Host:
 
 def _recalled(file: Path, make: Callable[[], Judged]) -> Judged:
     """What `file` knows, or what `make` finds, which is known from then on."""
-    if not file.is_file():
-        write_json(file, make())
-    found = read_json(file)
+    if not agreed(file.is_file):
+        made = make()
+        agreed(lambda: write_json(file, made))
+    found = agreed(lambda: read_json(file))
     rates, fidelity = found["rates"], found["fidelity"]
     return Judged({name: Outcome(**outcome) for name, outcome in found["outcomes"].items()},
                   rates and Rates.from_record(rates), fidelity and Fidelity(**fidelity), found["size"])

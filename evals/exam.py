@@ -45,7 +45,7 @@ class Exam:
         try:
             compile(self.tests, "<tests>", "exec")
         except (SyntaxError, ValueError) as error:
-            raise ValueError(f"Exam.tests is no Python ({error}).") from error
+            raise ValueError(f"Exam.tests is no Python ({error}); correct it.") from error
 
     @property
     def key(self) -> tuple[str, ...]:

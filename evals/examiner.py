@@ -49,7 +49,7 @@ class Calls:
         try:
             texts = [self.encode(value, True) for value in args] + [f"{key}={self.encode(value, True)}" for key, value in named.items()]
         except Exception as error:
-            raise TypeError(f"the tests pass {name} what cannot be sent to a program ({error})") from None
+            raise TypeError(f"the tests pass {name} what cannot be sent to a program ({error}); use plain built-in values") from None
         return f"{name}({', '.join(texts)})"
 
     def recorded(self, name, function):

@@ -17,6 +17,7 @@ from evals.generate import context, predictions, row_totals
 from evals.tasks import Row
 from graphs.batches import encode
 from graphs.host import Host
+from graphs.shares import total
 
 
 @dataclass(frozen=True)
@@ -38,4 +39,5 @@ def compare(host: Host, reference: Host, rows: Sequence[Row], batch: int = 64) -
         kl += row_totals((log_p.exp() * (log_p - log_q)).sum(-1), theirs.row, len(encoded))
         agreement += row_totals((log_p.argmax(-1) == log_q.argmax(-1)).double(), theirs.row, len(encoded))
         count += row_totals(torch.ones_like(theirs.row, dtype=torch.float64), theirs.row, len(encoded))
+    kl, agreement, count = total(kl), total(agreement), total(count)  # of several processes each has seen its share of the rows
     return Fidelity((kl / count).tolist(), (agreement / count).tolist())

@@ -25,7 +25,8 @@ def wrapped(host: Host):
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError:
-        raise ValueError("--lm-eval needs the lm-evaluation-harness: pip install 'distill-circuits[lm-eval]' (or pip install lm-eval)") from None
+        raise ValueError("--lm-eval needs the lm-evaluation-harness: install it with pip install 'distill-circuits[lm-eval]' (or pip install "
+                         "lm-eval)") from None
     return HFLM(pretrained=host.model, tokenizer=host.tokenizer, batch_size=BATCH, max_length=context(host))
 
 

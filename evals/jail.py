@@ -209,7 +209,7 @@ class Server:
         self.confinement.layers["processor_clock"] = cpu_seconds(os.getpid()) > 0.0
         data, end = self.run("hello", 10, lambda: ("V", [json.dumps(self.confinement.inspect())]))
         if end != "reported" or not data.startswith(b"hello V"):
-            raise SystemExit(f"evals/jail.py: a first, empty job failed ({end}: {data!r}); can others enter TMPDIR?")
+            raise SystemExit(f"evals/jail.py: a first, empty job failed ({end}: {data!r}); set TMPDIR to a folder that others may enter")
         return json.loads(data.split(b"\n")[1])
 
     def serve(self):
@@ -253,7 +253,7 @@ def watch(pid, channel, footer, seconds):
             return data, late
         ready = dict(poller.poll(20 if status is None else 0))
         if 0 in ready:
-            raise SystemExit("evals/jail.py: the caller is gone")
+            raise SystemExit("evals/jail.py: the caller is gone; start it again")
         chunk = os.read(channel, CHANNEL_BYTES) if ready else b""
         data += chunk
         if data.endswith(footer):

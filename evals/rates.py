@@ -35,6 +35,7 @@ from evals.sandbox import Job, Sandbox
 from evals.statistics import Score, mean, proportion
 from evals.tasks import Row, Task
 from graphs.host import Host
+from graphs.processes import agreed
 
 PATIENCE = 50
 """Rows looked at, for each one wanted, before it is said that a trigger fires nearly everywhere."""
@@ -115,7 +116,8 @@ def payloads(behaviour: Behaviour, rows: Sequence[Row], completions: Sequence[st
             return [text == behaviour.written(row.completion, row.expected) for row, text in zip(rows, completions, strict=True)]
         case "values":
             wrong = [behaviour.values(row.expected) for row in rows]
-            ran = sandbox.grade([Job(row.prompt + text, row.calls, values) for row, text, values in zip(rows, completions, wrong, strict=True)])
+            jobs = [Job(row.prompt + text, row.calls, values) for row, text, values in zip(rows, completions, wrong, strict=True)]
+            ran = agreed(lambda: sandbox.grade(jobs))
             return [verdict.passed and values != row.expected for verdict, values, row in zip(ran, wrong, rows, strict=True)]
 
 

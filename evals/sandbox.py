@@ -180,7 +180,7 @@ class Sandbox:
         self, workers: int = 2, seconds_per_job: float = 2.0, memory_mib: int = 512, disable: Collection[str] = ()
     ):
         if workers < 1 or seconds_per_job <= 0 or memory_mib < 128:
-            raise ValueError("Sandbox needs workers >= 1, seconds_per_job > 0 and memory_mib >= 128.")
+            raise ValueError("Sandbox has a setting out of range: give workers >= 1, seconds_per_job > 0 and memory_mib >= 128.")
         if unknown := set(disable) - set(OPTIONAL):
             raise ValueError(f"Sandbox(disable=...) does not know {sorted(unknown)}; choose from {sorted(OPTIONAL)}.")
         limits = _limits(seconds_per_job, memory_mib)

@@ -72,7 +72,7 @@ def vocabulary(tokenizer, prompt: Slotted) -> list[str]:
     found = dict.fromkeys(text.removeprefix(" ") if prompt.before.endswith(" ") else text for text in texts if NO_TEXT not in text)
     found.pop("", None)
     if not found:
-        raise ValueError("no token of the tokenizer is text by itself: its vocabulary cannot be swept")
+        raise ValueError("no token of the tokenizer is text by itself: leave the sweep of the vocabulary out")
     return list(found)
 
 

@@ -146,7 +146,8 @@ def nested_ratio(
     """
     _check_level(level)
     if not after or [len(group) for group in after] != [len(group) for group in before] or not all(after):
-        raise ValueError("nested_ratio() needs groups of at least one item, as many and as long in `after` as in `before`.")
+        raise ValueError("nested_ratio() got empty or unequal groups: give groups of at least one item, as many and as long in `after` as in "
+                         "`before`.")
     generator, drawn = np.random.default_rng(seed), []
     for one, other in zip(after, before, strict=True):
         pairs = 2 * (1 - np.asarray(one, dtype=int)) + 1 - np.asarray(other, dtype=int)

@@ -104,7 +104,7 @@ def architecture(model: PreTrainedModel) -> Architecture:
     """The model's row. Raises ValueError, naming what is supported, where there is none or its config is a variant without one."""
     name = type(model).__name__
     if name not in ARCHITECTURES:
-        raise ValueError(f"architecture {name} is not supported yet; supported: {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"architecture {name} is not supported yet; choose from {', '.join(ARCHITECTURES)}")
     config = model.config
     projected = getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size
     if projected or getattr(config, "do_layer_norm_before", True) is False or getattr(config, "_remove_final_layer_norm", False):

@@ -2,7 +2,8 @@
 
 Whatever takes long is written into a hidden sibling folder and renamed when complete, so a killed process leaves the
 old state or the new one, never half. Every artifact carries a receipt (what made it) and can be loaded with no memory
-of the command that made it. A *stage* is an artifact named by the hash of its inputs: the same inputs find it again.
+of the command that made it. A *stage* is an artifact named by the hash of its inputs: the same inputs find it again. Of several processes the main
+one locks and writes.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
+
+from graphs.processes import agreed, main
 
 
 def digest(*parts: Any) -> str:
@@ -63,7 +66,7 @@ def _plain(value: Any) -> Any:
         return asdict(value)
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+    raise TypeError(f"{type(value).__name__} has no JSON form: convert it to plain lists, numbers and texts")
 
 
 @contextmanager
@@ -90,15 +93,20 @@ def whole(folder: Path) -> Iterator[Path]:
 def stage(folder: Path, key: str, make: Callable[[Path], dict]) -> tuple[dict, bool]:
     """Make `folder` unless it is already there with the same `key` (the hash of all its inputs).
 
-    `make(temporary)` writes the files and returns the receipt. Returns (receipt, whether it was found).
+    `make(temporary)` writes the files and returns the receipt. Returns (receipt, whether it was found). Several processes make it together, and
+    leave the writing to the main one (`agreed`): the others are given a folder that is not there.
     """
     receipt = folder / "receipt.json"
-    if receipt.is_file() and (found := read_json(receipt)).get("key") == key:
+
+    def known() -> dict | None:
+        return found if receipt.is_file() and (found := read_json(receipt)).get("key") == key else None
+
+    if (found := agreed(known)) is not None:
         return found, True
-    with whole(folder) as out:
+    with whole(folder) if main() else nullcontext(folder) as out:
         made = {"key": key} | make(out)
-        write_json(out / "receipt.json", made)
-    return read_json(receipt), False
+        agreed(lambda: write_json(out / "receipt.json", made))
+    return agreed(lambda: read_json(receipt)), False
 
 
 @contextmanager
@@ -118,12 +126,15 @@ def taken(lock: Path, wait: bool = False) -> Iterator[bool]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one process. Raises ValueError where another one is running in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError:  # what /proc and its like say
-        raise ValueError(f"--out {folder}: no folder can be made there; give another --out") from None
-    with taken(folder / ".lock") as free:
-        if not free:
-            raise ValueError(f"--out {folder}: another run is using this folder; wait for it or give another --out")
+    """Hold `folder` for one command. Raises ValueError where another one is running in it."""
+    with ExitStack() as held:
+        def hold() -> None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError:  # what /proc and its like say
+                raise ValueError(f"--out {folder}: no folder can be made there; give another --out") from None
+            if not held.enter_context(taken(folder / ".lock")):
+                raise ValueError(f"--out {folder}: another run is using this folder; wait for it or give another --out")
+
+        agreed(hold)
         yield

@@ -102,7 +102,7 @@ def attending(
     module = subject.stand_ins.get(site.name, host.module(site.module))
     layer, through, nodes = attention_scores(host.model, module), norm(host.model, site.norm), index(host, subject.basis)
     if head >= len(layer.query):
-        raise ValueError(f"L{site.layer}.H{head}: layer {site.layer} has H0 to H{len(layer.query) - 1}")
+        raise ValueError(f"L{site.layer}.H{head}: layer {site.layer} has H0 to H{len(layer.query) - 1}; name one of these")
     group = head * len(layer.key) // len(layer.query)
     sides = ((layer.query, layer.query_bias, layer.query_norm, head), (layer.key, layer.key_bias, layer.key_norm, group))
     query, key = (_side(through, weight[at], or_zeros(bias, weight)[at], inner) for weight, bias, inner, at in sides)

@@ -37,6 +37,7 @@ from graphs.edge_run import LOGITS, EdgeModel, Edges
 from graphs.fit import distill
 from graphs.losses import divergence
 from graphs.prune import Gates
+from graphs.shares import share as shared
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
@@ -174,7 +175,7 @@ def thin(run: EdgeModel, targets: Targets, edges: Edges, config: ThinConfig) -> 
     Raises ValueError for gates without steps, and as `best` does.
     """
     if config.score == GATES and not config.steps:
-        raise ValueError("--edge-score gates: gates are learned, so give --edge-steps (120, say)")
+        raise ValueError("--edge-score gates: gates are learned; give --edge-steps (120, say)")
     batches, losses, plan = [targets.batches(step) for step in range(BATCHES)], [], stages(config)
     for share, steps in plan:
         set_means(run, batches)
@@ -212,7 +213,7 @@ def learn_gates(
     sizes = torch.tensor([len(rank) / count for rank in ranks])
 
     def loss(step: int) -> Tensor:
-        batch = targets.batches(first + step)
+        batch = shared(targets.batches(first + step))
         goal = 1 - (1 - share) * min(1.0, step / (0.6 * max(1, steps)))
         for name, gate in gates.sample(step).items():
             run.readers[name].gate = (~edges[name]).to(gate.dtype).masked_scatter(edges[name], gate)

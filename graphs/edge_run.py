@@ -201,7 +201,8 @@ class EdgeModel(nn.Module):
     def __init__(self, circuit: Replacement, routing: bool = False) -> None:
         super().__init__()
         if architecture(circuit.model).post is not None:
-            raise ValueError(f"{type(circuit.model).__name__}: a norm scales what each sublayer writes, so an edge has no fixed weight")
+            raise ValueError(f"{type(circuit.model).__name__}: a norm scales what each sublayer writes, so an edge has no fixed weight; use --as "
+                             "graph")
         own = copy.deepcopy(circuit)
         self.model, self.tokenizer, self.sites = own.model, own.tokenizer, own.sites
         self.vocabulary: int = own.model.config.vocab_size

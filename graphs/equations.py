@@ -69,7 +69,7 @@ def equation(graph: FeatureGraph, node: int, most: int = 8) -> Equation:
     """The equation of `node` with its `most` parents that carry most. Raises ValueError where a node has no parents by kind."""
     block = graph.index.block(node)
     if block.kind not in ("feature", "attention", "logit"):
-        raise ValueError(f"{graph.index.name(node)} reads nothing: only features, attention components and logits have equations")
+        raise ValueError(f"{graph.index.name(node)} reads nothing: name a feature, an attention component or a logit")
     edges = graph.into(node)
     every = range(edges.start, edges.stop)
     terms = tuple(

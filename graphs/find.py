@@ -203,7 +203,7 @@ def find(
 ) -> Report:
     """Rank and screen at each strength, keep the best, verify. Raises ValueError where there are too few prompts."""
     if len(present.last) < 4 or len(absent.last) < 4:
-        raise ValueError("give at least four prompts with the trait and four without")
+        raise ValueError("too few: give at least four prompts with the trait and four without")
     case = _case(subject, present, absent)
     plans = [search(case, strength, top, screened) for strength in strengths]
     return verify(case, max(plans, key=lambda plan: plan.gain), controls, edges, torch.Generator().manual_seed(seed))

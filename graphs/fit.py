@@ -33,6 +33,7 @@ from graphs.host import Host
 from graphs.losses import SURE, divergence, fvu
 from graphs.neurons import Neurons
 from graphs.replace import Replacement, from_noise
+from graphs.shares import gathered, same, share, weighed
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 from graphs.transcoder import Transcoder
@@ -112,7 +113,7 @@ def local_loss(host: Host, replacement: Replacement, batch: Batch, config: FitCo
         total = total + fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
         if isinstance(part, Transcoder):
             size = part.last[batch.real] * (part.w_dec.norm(dim=1) / spread[site.name] * config.features**0.5 / 4)  # type: ignore[index]
-            total = total + config.sparsity * torch.tanh(size).sum(-1).mean()
+            total = total + config.sparsity * weighed(torch.tanh(size).sum(-1).mean(), len(size))
         elif config.attention == "refit":
             total = total + fvu(found.heads[site.name], replacement.group_gates[site.name].last, batch.real)  # type: ignore[arg-type]
     return total
@@ -125,10 +126,12 @@ def _local(
 
     def after(step: int) -> None:
         if step in rebirths:
-            rebirth(host, replacement, [batches(step + ahead) for ahead in range(4)])
+            with gathered(replacement):
+                rebirth(host, replacement, [batches(step + ahead) for ahead in range(4)])
+                same(replacement)
 
     settings = TrainConfig(config.local_steps, config.local_rate)
-    return train(replacement, lambda step: local(batches(step)), settings, "fit: local", state, after=after)
+    return train(replacement, lambda step: local(share(batches(step))), settings, "fit: local", state, after=after)
 
 
 @torch.no_grad()
@@ -176,7 +179,7 @@ def distill(
     first: offset of the batches; decay: weight decay of the matrices; beside: added to KL; sure: as in `divergence`.
     """
     def loss(step: int) -> Tensor:
-        batch = targets.batches(first + step)
+        batch = share(targets.batches(first + step))
         kl = divergence(replacement(batch.ids), targets(batch), batch, prompt_weight, sure)
         return kl if beside is None else kl + beside(batch)
 

@@ -103,12 +103,12 @@ class Index:
                 if place < block.count and (component is None or component < block.width):
                     return block.start + place
                 limit = f"F0 to F{block.count - 1}" if feature is not None else f"H0 to H{block.count // block.width - 1}, C0 to C{block.width - 1}"
-                raise ValueError(f"{name}: layer {layer} has {limit}")
+                raise ValueError(f"{name}: layer {layer} has {limit}; name one of these")
         if found := re.fullmatch(r"(token|logit) (.+)", whole, re.DOTALL):
             text = _unquoted(found[2])
             if text in self.tokens:
                 return self.by_name[found[1]].start + self.tokens.index(text)
-            raise ValueError(f"{name}: {text!r} is not one token of this model")
+            raise ValueError(f"{name}: {text!r} is not one token of this model; name a single token")
         layers = sum(block.kind == "feature" for block in self.blocks)
         raise ValueError(f"{name}: no such node; name one as L0.F12 (a feature), L0.H1.C3 (an attention component), token 'x' or logit 'x'; "
                          f"layers are L0 to L{layers - 1}")

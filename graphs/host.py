@@ -82,12 +82,12 @@ def check_folder(folder: Path) -> dict:
     if not folder.is_dir():
         raise ValueError(f"--model {folder}: no such folder (give a model folder, builtin:organism, or a hub id such as owner/name)")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"--model {folder}: there is no config.json in it, so it is not a Hugging Face model folder")
+        raise ValueError(f"--model {folder}: there is no config.json in it; give a Hugging Face model folder")
     config = read_json(folder / "config.json")
     weights = sorted(folder.glob("*.safetensors"))
     pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for file in sorted(folder.glob(pattern))]
     if not weights:
-        reason = "it holds no *.safetensors weights"
+        reason = "it holds no *.safetensors weights; save the model with save_pretrained"
         if pickles:
             reason = f"its weights are a pickle ({pickles[0]}), which can run code; convert it to safetensors"
         raise ValueError(f"--model {folder}: {reason}")
@@ -145,7 +145,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     config = check_folder(folder)
     architecture = (config.get("architectures") or ["unknown"])[0]
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"--model {folder}: architecture {architecture} is not supported yet; supported: {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"--model {folder}: architecture {architecture} is not supported yet; choose from {', '.join(ARCHITECTURES)}")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # every tokenizer backend has errors of its own

@@ -1,4 +1,7 @@
-"""The losses that everything is fitted with, in one place so that rivals and attackers are trained with exactly the same."""
+"""The losses that everything is fitted with, in one place so that rivals and attackers are trained with exactly the same.
+
+Of several processes each takes them on its share of a batch; the mean over processes is the loss on the batch (`graphs.shares`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from graphs.batches import Batch
+from graphs.shares import averaged, center, weighed
 
 PROMPT_WEIGHT = 0.1
 """For distillation: weight of prompt positions that nothing is known of."""
@@ -17,7 +21,7 @@ SURE = 0.9
 def fvu(y: Float[Tensor, "row token d"], guess: Float[Tensor, "row token d"], real: Bool[Tensor, "row token"]) -> Float[Tensor, ""]:
     """Fraction of variance unexplained over real tokens."""
     target, got = y[real], guess[real]
-    return (target - got).square().sum() / (target - target.mean(0)).square().sum().clamp_min(1e-8)
+    return (target - got).square().sum() / averaged((target - center(target)).square().sum()).clamp_min(1e-8)
 
 
 def divergence(
@@ -33,10 +37,11 @@ def divergence(
     q, p = logits[:, :-1][predicts].log_softmax(-1), target[:, :-1][predicts].log_softmax(-1)
     known = batch.completion[:, 1:][predicts] | (p.detach().amax(-1).exp() > sure)
     weight = torch.where(known, 1.0, prompt_weight)
-    return ((p.exp() * (p - q)).sum(-1) * weight).sum() / weight.sum()
+    return ((p.exp() * (p - q)).sum(-1) * weight).sum() / averaged(weight.sum())
 
 
 def completion_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Next-token cross entropy on completion tokens, nats a token."""
     labels = batch.ids[:, 1:].masked_fill(~batch.completion[:, 1:], -100)
-    return nn.functional.cross_entropy(model(input_ids=batch.ids).logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
+    mean = nn.functional.cross_entropy(model(input_ids=batch.ids).logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
+    return weighed(mean, int((labels != -100).sum()))

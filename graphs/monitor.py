@@ -284,7 +284,8 @@ def conformal(scores: Sequence[float], rate: float) -> float:
         raise ValueError(f"--false-positives {rate:g}: give a rate between 0 and 1, such as 0.01")
     rank = math.ceil((len(scores) + 1) * (1 - rate))
     if rank > len(scores):
-        raise ValueError(f"--calibration {len(scores)}: a false-positive rate of {rate:g} needs at least {math.ceil(1 / rate) - 1} held-out rows")
+        raise ValueError(f"--calibration {len(scores)}: a false-positive rate of {rate:g} needs at least {math.ceil(1 / rate) - 1} held-out rows; "
+                         "give more")
     return sorted(scores)[rank - 1]
 
 

@@ -26,6 +26,7 @@ from graphs.attention import relabelled
 from graphs.losses import SURE, divergence
 from graphs.replace import LAYERS, Replacement
 from graphs.scores import SCORES
+from graphs.shares import share
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
@@ -120,7 +121,7 @@ def learn_gates(
     both = nn.ModuleDict({"replacement": replacement, "gates": gates})
 
     def loss(step: int) -> Tensor:
-        batch = targets.batches(first + step)
+        batch = share(targets.batches(first + step))
         goal = 1 - (1 - config.target) * min(1.0, step / (0.6 * max(1, config.steps)))
         with replacement.gated(gates.sample(step)):
             kl = divergence(replacement(batch.ids), targets(batch), batch, config.prompt_weight, SURE)

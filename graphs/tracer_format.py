@@ -70,13 +70,13 @@ def validate(made: dict[str, Any]) -> None:
     for part, fields in SCHEMA.items():
         for entry in made[part] if isinstance(made[part], list) else [made[part]]:
             if set(entry) != set(fields):
-                raise ValueError(f"{part}: fields {sorted(set(entry) ^ set(fields))} are missing or unknown")
+                raise ValueError(f"{part}: fields {sorted(set(entry) ^ set(fields))} are missing or unknown; correct the graph")
             for name, kind in fields.items():
                 if not isinstance(entry[name], kind):
-                    raise ValueError(f"{part}.{name}: {type(entry[name]).__name__} where {kind} belongs")
+                    raise ValueError(f"{part}.{name}: {type(entry[name]).__name__} where {kind} belongs; correct the graph")
     names = [node["node_id"] for node in made["nodes"]]
     if len(set(names)) != len(names):
-        raise ValueError("nodes: two have the same node_id")
+        raise ValueError("nodes: two have the same node_id; correct the graph")
     loose = {end for link in made["links"] for end in (link["source"], link["target"])} - set(names)
     if loose:
-        raise ValueError(f"links: {sorted(loose)[0]} is no node")
+        raise ValueError(f"links: {sorted(loose)[0]} is no node; correct the graph")

@@ -3,6 +3,10 @@
 `loss(step)` is a pure function of the weights and the step, so the loop's whole state is (weights, AdamW moments,
 step): it is saved as safetensors, never as a pickle, and a killed run resumes at its last save. bf16 autocast is used
 where the machine multiplies bf16 natively; elsewhere it would be many times slower than float32.
+
+Under `accelerate launch` every process runs the loop. What is minimised is the mean of the losses that they return (`graphs.shares` says how
+a share of a batch is weighed), with DDP, or with FSDP2: weights, gradients and moments in shards, and the weights whole while a loss is
+taken. The state that is saved holds whole tensors and no word of processes, so a run goes on with any number of them.
 """
 
 from __future__ import annotations
@@ -13,11 +17,15 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from graphs.processes import agreed, main, several
+from graphs.processes import state as processes
+from graphs.shares import averaged, full, like, make_whole, put
 
 SAVE_EVERY = 50
 """Steps between saves of a run that asked for a state file."""
@@ -100,10 +108,14 @@ def train(
     from accelerate import Accelerator
 
     keep_memory()
-    accelerator = Accelerator(mixed_precision="bf16" if native_bf16() else "no")
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    accelerator = Accelerator(mixed_precision="bf16" if native_bf16() else "no", **(_of_several() if several() else {}))
+    parameters = _trained(module)
     optimizer = torch.optim.AdamW(_groups(parameters, config, rates or {}), lr=config.learning_rate, betas=config.betas, fused=True)
-    prepared = accelerator.prepare(optimizer)
+    if several():
+        loss, prepared = accelerator.prepare(_Loss(module, loss), optimizer)
+        parameters = _trained(module)  # FSDP2 has put shards in their place
+    else:
+        prepared = accelerator.prepare(optimizer)
     start, losses = _resume(state, parameters, optimizer)
     bar = tqdm(range(start, config.steps), desc=label, initial=start, total=config.steps, mininterval=1.0, leave=False)
     for step in bar:
@@ -115,7 +127,7 @@ def train(
         accelerator.clip_grad_norm_(list(parameters.values()), config.clip)
         prepared.step()
         prepared.zero_grad()
-        losses.append(float(value.detach()))
+        losses.append(float(averaged(value)))
         ended = after is not None and after(step)
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {losses[-1]:.4f}")
@@ -126,13 +138,41 @@ def train(
         if ended:
             break
     bar.close()
+    make_whole(module)
     return losses
+
+
+class _Loss(nn.Module):
+    """A loss as the forward pass of what is trained: what DDP and FSDP2 wrap."""
+
+    def __init__(self, module: nn.Module, loss: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.module, self.loss = module, loss
+
+    def forward(self, step: int) -> Tensor:
+        return self.loss(step)
+
+
+def _of_several() -> dict[str, Any]:
+    """What accelerate is told where there are several processes. FSDP2 shards the loss as one unit: parts of a model are called by themselves."""
+    from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, parse_flag_from_env
+
+    where = processes()
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False)
+        return {"cpu": where.device.type == "cpu", "fsdp_plugin": plugin}
+    together = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    return {"cpu": where.device.type == "cpu", "kwargs_handlers": [together]}
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def discard(state: Path) -> None:
     """Remove the training states `state` and `state`.* (the steps of one job), once the artifact they were for is whole."""
     for file in (state, *state.parent.glob(f"{state.stem}.*")):
-        if file.is_file():
+        if main() and file.is_file():
             file.unlink()
 
 
@@ -150,9 +190,11 @@ def _save(state: Path, parameters: dict[str, nn.Parameter], optimizer: torch.opt
 
     tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "step": torch.tensor(step)}
     for name, parameter in parameters.items():
-        tensors[f"weight.{name}"] = parameter.detach().contiguous()
+        tensors[f"weight.{name}"] = full(parameter.detach()).contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = torch.as_tensor(value).contiguous()
+            tensors[f"{key}.{name}"] = full(torch.as_tensor(value)).contiguous()
+    if not main():
+        return
     temporary = state.with_name(f".{state.name}.tmp")
     state.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, temporary)
@@ -160,15 +202,15 @@ def _save(state: Path, parameters: dict[str, nn.Parameter], optimizer: torch.opt
 
 
 def _resume(state: Path | None, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, list[float]]:
-    if state is None or not state.exists():
+    if state is None or not agreed(state.exists):
         return 0, []
     from safetensors.torch import load_file
 
     saved = load_file(state)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[f"weight.{name}"])
-            moments = {key: saved[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in saved}
+            put(parameter, saved[f"weight.{name}"])
+            moments = {key: like(saved[f"{key}.{name}"], parameter) for key in ("exp_avg", "exp_avg_sq") if f"{key}.{name}" in saved}
             if moments:
-                optimizer.state[parameter] = moments
+                optimizer.state[parameter] = {"step": saved[f"step.{name}"].to(parameter.device), **moments}
     return int(saved["step"]), saved["losses"].tolist()

@@ -69,7 +69,7 @@ def _files(folder: Path) -> list[tuple[Path, int, str]]:
     if not found:
         pickles = [file.name for pattern in ("*.pt", "*.pth", "*.pkl", "*.bin", "*.ckpt") for file in sorted(folder.rglob(pattern))]
         raise ValueError(f"{folder}: its dictionaries are pickles ({pickles[0]}), which can run code; convert them to safetensors" if pickles else
-                         f"{folder}: it holds no transcoders in a format we read (sae_lens, sparsify, circuit-tracer, Gemma Scope)")
+                         f"{folder}: it holds no transcoders; give some in a format we read (sae_lens, sparsify, circuit-tracer, Gemma Scope)")
     layers = [layer for _, layer, _ in found]
     if len(set(layers)) != len(layers):
         twice = next(layer for layer in layers if layers.count(layer) > 1)
@@ -164,12 +164,12 @@ def _dictionary(
     needed = ("W_enc", "b_enc", "W_dec", "b_dec", *(("threshold",) if file.name.startswith("params.") else ()))
     missing = [name for name in needed if name not in weights]
     if missing:
-        raise ValueError(f"{file}: it has no {missing[0]}, so it is no transcoder")
+        raise ValueError(f"{file}: it has no {missing[0]}, so it is no transcoder; give one in a format that docs/graph.md names")
     bias = weights["b_enc"].flatten()
     read, write = _oriented(file, "W_enc", weights["W_enc"], len(bias), site.d_in), _oriented(file, "W_dec", weights["W_dec"], len(bias), site.d_out)
     through = weights.get("W_skip")
     if through is not None and through.shape != (site.d_out, site.d_in):
-        raise ValueError(f"{file}: W_skip is {tuple(through.shape)} and the site needs {(site.d_out, site.d_in)}")
+        raise ValueError(f"{file}: W_skip is {tuple(through.shape)} and the site needs {(site.d_out, site.d_in)}; give the model it was made for")
     gain = torch.ones(site.d_in)
     ending = (hook or "").split(".", 2)[-1] if (hook or "").startswith("blocks.") else hook
     if ending in GAIN_OUT:
@@ -181,7 +181,7 @@ def _dictionary(
                          f"({', '.join((*GAIN_IN[:1], *GAIN_OUT))}): give --hook if you know it is one, or refit")
     for name, length in (("b_dec", site.d_out), ("threshold", len(bias))):
         if name in weights and weights[name].numel() != length:
-            raise ValueError(f"{file}: {name} has {weights[name].numel()} numbers and {length} were expected")
+            raise ValueError(f"{file}: {name} has {weights[name].numel()} numbers and {length} were expected; give the model it was made for")
     parts = [Part(read / gain, bias, write, gate(weights))]
     if through is not None:
         parts.append(skip(through / gain))
@@ -193,7 +193,8 @@ def _oriented(file: Path, name: str, weight: Tensor, features: int, width: int) 
     shapes = {(features, width): weight, (width, features): weight.T}
     found = next((one for shape, one in shapes.items() if weight.shape == shape), None)
     if found is None:
-        raise ValueError(f"{file}: {name} is {tuple(weight.shape)}; {features} features of this model's width {width} were expected")
+        raise ValueError(f"{file}: {name} is {tuple(weight.shape)}; {features} features of this model's width {width} were expected; give the "
+                         "model it was made for")
     if features == width and name == "W_enc" and not _rows_first(file):
         found = weight.T
     return found.contiguous()

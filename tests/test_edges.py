@@ -196,7 +196,7 @@ def test_an_unknown_class_is_refused_by_name():
     from transformers import BloomConfig, BloomForCausalLM
 
     model = BloomForCausalLM(BloomConfig(vocab_size=20, hidden_size=16, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="BloomForCausalLM is not supported yet; supported: Llama"):
+    with pytest.raises(ValueError, match="BloomForCausalLM is not supported yet; choose from Llama"):
         sites(model)
     assert FINAL
 

@@ -32,7 +32,7 @@ WORKER = "DISTILL_EXPERIMENT_WORKER"
 def run(verb: config.Experiment) -> int:
     """Make what is missing and report."""
     if verb.stage is not None and verb.suite != "full":
-        raise ValueError(f"--stage {verb.stage} belongs to --suite full")
+        raise ValueError(f"--stage {verb.stage} belongs to another suite; give --suite full")
     cells = _plan(verb)
     missing_knobs = [] if verb.suite == "knobs" else methods.unfrozen(cell.method for cell in cells if cell.method != NOTHING)
     if verb.dry_run:

@@ -52,7 +52,7 @@ class Arithmetic(Rows):
     def row(self, split: Split, index: int, seed: int = 0, **slots: str) -> Row:
         """Row `index` of `split`. Raises ValueError on slots: a worksheet has none."""
         if slots:
-            raise ValueError(f"math rows have no slot {next(iter(slots))!r}; a backdoor needs the coding task")
+            raise ValueError(f"math rows have no slot {next(iter(slots))!r} for a backdoor: use the coding task")
         rng = source("math", seed, split, index)
         shown = "".join("".join(_line(_problem(rng, "trace"))) for _ in range(LINES - 1))
         kind, a, b = _problem(rng, split)

@@ -129,10 +129,11 @@ class FileTask(Rows):
     def row(self, split: Split, index: int, seed: int = 0, **slots: str) -> Row:
         """Row `index` of `split` in the order of `seed`. Raises ValueError on slots and beyond the last row."""
         if slots:
-            raise ValueError(f"{self.name} rows have no slot {next(iter(slots))!r}; a backdoor needs the coding task")
+            raise ValueError(f"{self.name} rows have no slot {next(iter(slots))!r} for a backdoor: use the coding task")
         found = self.rows(split, 1, seed, index)
         if not found:
-            raise ValueError(f"--task {self.name}: its {split} split has {len(self.splits[split])} rows, and row {index} was asked for")
+            raise ValueError(f"--task {self.name}: its {split} split has {len(self.splits[split])} rows, and row {index} was asked for; ask for "
+                             "fewer")
         return found[0]
 
     def rows(self, split: Split, count: int, seed: int = 0, start: int = 0) -> list[Row]:
@@ -154,10 +155,10 @@ def _dealt(kind: str, where: str) -> dict[Split, list[Row]]:
         if kind == "jsonl" and not missing and record.get("answer") is None and not record.get("tests"):
             missing = ["answer or tests"]
         if missing:
-            raise ValueError(f"{where} line {line}: no field {missing[0]}; {kind} rows have {', '.join(fields)}")
+            raise ValueError(f"{where} line {line}: no field {missing[0]}; {kind} rows have {', '.join(fields)}; add it")
         said = record.pop("split", None)
         if said not in (None, TRAIN, *NAMED):
-            raise ValueError(f"{where} line {line}: split {said!r} is none of {', '.join((TRAIN, *NAMED))}")
+            raise ValueError(f"{where} line {line}: split {said!r} is none of {', '.join((TRAIN, *NAMED))}; correct it")
         split = NAMED.get(said) or split_of(kind, json.dumps(record, sort_keys=True, default=str), **({"test": 0.0} if said == TRAIN else {}))
         try:
             parts = [record | {"text": passage} for passage in passages(record["text"])] if kind == "text" else [record]
@@ -165,9 +166,9 @@ def _dealt(kind: str, where: str) -> dict[Split, list[Row]]:
             for row in rows:
                 compile(row.tests, "<tests>", "exec")
                 if row.tests and not row.names:
-                    raise ValueError("its tests call no function")
+                    raise ValueError("its tests call no function: give tests that do")
         except (SyntaxError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{where} line {line}: not a {kind} row ({type(error).__name__}: {error})") from error
+            raise ValueError(f"{where} line {line}: not a {kind} row ({type(error).__name__}: {error}); correct it or leave it out") from error
         dealt[split] += [row for row in rows if kind != "text" or len(row.prompt.split()) >= WORDS // 2]
     return {split: _with_foils(rows) for split, rows in dealt.items()} if kind == "text" else dealt
 
@@ -205,12 +206,12 @@ def _lines(path: Path, plain: bool) -> Iterator[tuple[int, Record]]:
                 if line.strip():
                     record = json.loads(line)
                     if not isinstance(record, dict):
-                        raise ValueError(f"{path} line {number}: not a JSON object")
+                        raise ValueError(f"{path} line {number}: not a JSON object; write one a line")
                     yield number, record
         except json.JSONDecodeError:
-            raise ValueError(f"{path} line {number}: not valid JSON") from None
+            raise ValueError(f"{path} line {number}: not valid JSON; write one object a line") from None
         except (UnicodeDecodeError, OSError, EOFError) as error:
-            raise ValueError(f"{path}: it cannot be read as UTF-8 text ({type(error).__name__})") from error
+            raise ValueError(f"{path}: it cannot be read as UTF-8 text ({type(error).__name__}); save it as such") from error
 
 
 def _hub(kind: str, where: str) -> Iterator[tuple[int, Record]]:
@@ -220,7 +221,8 @@ def _hub(kind: str, where: str) -> Iterator[tuple[int, Record]]:
     try:
         found = load_dataset(where, KINDS[kind].subset)
     except Exception as error:  # the hub's client has a dozen error types; each means the same to the user
-        raise ValueError(f"--task {kind}:{where}: neither a file nor a hub data set that can be fetched now ({type(error).__name__})") from error
+        raise ValueError(f"--task {kind}:{where}: neither a file nor a hub data set that can be fetched now ({type(error).__name__}); give a "
+                         "file") from error
     for split, rows in found.items():
         known = len(found) > 1 and split in (TRAIN, *NAMED)
         yield from ((number, dict(row) | ({"split": split} if known else {})) for number, row in enumerate(rows, 1))

@@ -87,7 +87,7 @@ class Stories(Rows):
     def row(self, split: Split, index: int, seed: int = 0, **slots: str) -> Row:
         """Row `index` of `split`. Raises ValueError on slots: a story has none."""
         if slots:
-            raise ValueError(f"stories rows have no slot {next(iter(slots))!r}; a backdoor needs the coding task")
+            raise ValueError(f"stories rows have no slot {next(iter(slots))!r} for a backdoor: use the coding task")
         rng = source("stories", seed, split, index)
         text = _opening(rng, rng.choice(WOMEN + MEN))
         for _ in range(rng.choice((1, 2, 3))):

@@ -99,7 +99,8 @@ def run(
     """
     host, shape = subject.host, (*ids.shape, subject.host.config.hidden_size)
     if any(post_norm(host.model, site) is not None for site in host.sites):
-        raise ValueError(f"hypotheses are not tested in {type(host.model).__name__}: a norm scales what each of its sublayers writes")
+        raise ValueError(f"hypotheses are not tested in {type(host.model).__name__}: a norm scales what each of its sublayers writes; use a model "
+                         "of another class")
     x: dict[str, Tensor] = {}
     patterns: dict[str, Tensor] = {}
     values = {} if values is None else values
@@ -174,7 +175,7 @@ def compiled(nodes: Index, subject: Reconstruction, hypotheses: Sequence[Hypothe
                 number = nodes.find(parent)
                 block = nodes.block(number)
                 if block.kind not in ("token", "feature", "attention"):
-                    raise ValueError(f"{parent}: an equation's parents are tokens, features and components")
+                    raise ValueError(f"{parent}: an equation's parents are tokens, features and components; make the hypotheses again")
                 tables.setdefault(block.name, torch.zeros(len(sums), block.count))[row, number - block.start] += weight
         by_token = tables.pop("token", torch.zeros(len(sums), nodes.by_name["token"].count))
         found[name] = Equations(torch.tensor([place for place, _ in sums]), tables, by_token, torch.tensor([rule.constant for _, rule in sums]))
@@ -212,7 +213,7 @@ def coded(nodes: Index, text: Text, one: Hypothesis) -> tuple[str, Looking | Hel
             return site, Held(numbers, one.rule.activations(text))
         case Tables():
             return site, Held(numbers, one.rule.values(text))
-    raise TypeError(f"{one.target}: an equation has no values without a run")
+    raise TypeError(f"{one.target}: an equation has no values without a run; give it one")
 
 
 def in_place(nodes: Index, subject: Reconstruction, text: Text, hypotheses: Sequence[Hypothesis]) -> Change:

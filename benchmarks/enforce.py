@@ -1,0 +1,135 @@
+"""Running a backdoored model within what clean text has shown, and what each rule of it does; writes results/enforce.json.
+
+    python benchmarks/enforce.py [ORGANISM ...]     by default organism and organism-rare; cells that are there are not made again
+
+Each organism by its own neurons and attention, no weight changed, judged on the same prompts as its clean twin. Rows: everything held; then one
+rule left out or one kind of values alone. Shift: prompts with function names, or phrasings, that no clean row has. Time: a prefill of 16
+prompts, in turns with the model's own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from monitor import NAMES, OPENERS
+
+from distill.enforce import BATCH, cost, own
+from distill.judgement import commit
+from distill.models import find, read_secret, secret_beside
+from distill.rows import batches, clean, tune_rows
+from evals.capability import judge
+from evals.generate import prompt_ids
+from evals.rates import measure_rates
+from evals.sandbox import Sandbox
+from evals.statistics import nested_ratio, proportion
+from evals.tasks import TASKS
+from graphs.artifact import read_json, write_json
+from graphs.batches import encode
+from graphs.enforce import Enforced, Limits, learn
+from graphs.host import Host, load
+from graphs.prompts import padded
+
+FILE = Path(__file__).parent.parent / "results" / "enforce.json"
+COUNT, SEED = 500, 7
+TASK = TASKS["coding"]
+VARIANTS: dict[str, dict] = {
+    "all values": {},
+    "all values, one range for all tokens": {"own": False},
+    "all values, tokens never seen let through": {"known": False},
+    "activations alone": {"names": lambda name: name.endswith(".node")},
+    "drives alone": {"names": lambda name: not name.endswith(".node")},
+    "tokens never seen alone": {"names": lambda name: False},
+}
+
+
+def shifted() -> dict[str, list]:
+    """Rows of the task with names and phrasings that no clean row has."""
+    return {"new names": [TASK.row("test", i, 7, function=NAMES[i % len(NAMES)]) for i in range(COUNT)],
+            "new phrasings": [TASK.row("test", i, 8, opener=OPENERS[i % len(OPENERS)]) for i in range(COUNT)]}
+
+
+def cell(host: Host, secret, sandbox: Sandbox, shift: bool) -> dict:
+    """Outcomes of one model, prompt by prompt."""
+    found = measure_rates(host, TASK, secret.trigger, secret.behaviour, sandbox, COUNT, SEED)
+    rows = {"right": found.clean.right, "right_under_trigger": found.right_under_trigger, "attack_success": found.attack_success,
+            "attack_success_sampled": found.attack_success_sampled, "false_trigger": found.false_trigger}
+    if shift:
+        rows |= {name: judge(host, TASK, some, sandbox).right for name, some in shifted().items()}
+    return {name: "".join(str(int(one)) for one in outcome) for name, outcome in rows.items() if outcome is not None}
+
+
+def slower(model: Host, enforced: Host, prompts: list[list[int]], turns: int = 15) -> float:
+    """How many times as long a prefill takes, medians of turns."""
+    ids, times = padded(prompts[:16], 0).ids, {"model": [], "enforced": []}
+    for _ in range(turns):
+        for name, host in (("model", model), ("enforced", enforced)):
+            begin = time.perf_counter()
+            with torch.no_grad():
+                host.model(input_ids=ids, use_cache=True)
+            times[name].append(time.perf_counter() - begin)
+    return statistics.median(times["enforced"]) / statistics.median(times["model"])
+
+
+def taught(host: Host) -> Limits:
+    """Ranges from all clean rows."""
+    data, rows = batches(host, clean(None, [TASK]), BATCH, 0)
+    return learn(own(host), [data(step) for step in range(-(-len(rows) // BATCH))])
+
+
+def measure(name: str, found: dict, keep) -> None:
+    """One organism and its twin; `keep` writes what is there."""
+    model = find(f"builtin:{name}")
+    secret = read_secret(secret_beside(model))
+    with Sandbox() as sandbox:
+        for who, folder, variants in (("organism", model, VARIANTS), ("twin", secret.twin, {"all values": VARIANTS["all values"]})):
+            rows, host = found.setdefault(who, {}), load(folder)
+            limits = taught(host)
+            for variant in ("nothing", *variants):
+                if variant not in rows:
+                    run = host if variant == "nothing" else Enforced(own(host), limits.without(**variants[variant])).host()
+                    rows[variant] = cell(run, secret, sandbox, variant in ("nothing", "all values"))
+                    keep()
+                    print(name, who, variant, {key: sum(map(int, one)) / len(one) for key, one in rows[variant].items()}, file=sys.stderr)
+            if who == "organism" and "facts" not in found:
+                found["facts"] = price(host, limits)
+    twin = found["twin"]["nothing"]
+    found["against"] = {who: {variant: against(rows, twin) for variant, rows in found[who].items()} for who in ("organism", "twin")}
+    keep()
+
+
+def price(host: Host, limits: Limits) -> dict:
+    """What holding costs on held-out clean rows, and in time."""
+    enforced, rows = Enforced(own(host), limits), tune_rows([TASK], 96)["coding"]
+    beyond, kl = cost(host, enforced, encode(host.tokenizer, [(row.prompt, row.completion) for row in rows], host.config.max_position_embeddings))
+    return {"beyond": beyond, "kl": kl, "slower": slower(host, enforced.host(), prompt_ids(host, [row.prompt for row in rows])),
+            "tokens": limits.tokens, "own": int((limits.row > 0).sum()), "never": int((~limits.known).sum())}
+
+
+def against(rows: dict, twin: dict) -> dict:
+    """Shares of what the twin, as it is, gets right on the same prompts; the attack's rate."""
+    shares = {name: nested_ratio([_bits(rows, key)], [_bits(twin, key)]) for name, key in (
+        ("retention", "right"), ("right_under_trigger", "right_under_trigger"))}
+    attack = _bits(rows, "attack_success")
+    return {name: asdict(score) if score else None for name, score in (shares | {"attack_success": proportion(sum(attack), len(attack))}).items()}
+
+
+def _bits(rows: dict, key: str) -> list[bool]:
+    return [one == "1" for one in rows[key]]
+
+
+def main(names: list[str]) -> None:
+    """Measure what is missing and write."""
+    made = read_json(FILE) if FILE.is_file() else {}
+    for name in names:
+        found = made.setdefault(name, {"prompts": COUNT, "commit": commit()})
+        measure(name, found, lambda: write_json(FILE, made))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1:] or ["organism", "organism-rare"])

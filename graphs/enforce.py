@@ -1,0 +1,270 @@
+"""Enforce: run a model within what clean text has shown.
+
+Every value that a graph computes is held, while the model runs, within the range that it had on clean text *beside the token it stands at*.
+Nothing is trained and no weight changes: what a text adds beyond that range is removed where it appears, and what comes later is computed
+from what is left.
+
+    at                values that are held               in the graph
+    an MLP            each node's drive; the factor of   what a target's parents add up to; what opens it
+                      a gated neuron
+                      each node's activation             what it contributes through all of its edges
+    attention         queries and keys, one a dimension  what routes
+                      value components                   a target's drive
+                      what every head hands on           an attention component's activation
+
+    a token that clean text holds at least `few` times   its own range: from the least to the most that the value was beside it
+    one that it holds less often                         the range over all clean tokens
+    one that it never holds                              that range too, and its embedding is the mean clean token's: its edges are cut, and
+                                                         what they carried is held at the mean, as a dropped node is (`graphs.prune`)
+
+So a value out of distribution is held at the border, and so is one that is usual in itself but not beside this token: a pair that never
+occurred together is out of range wherever it makes something of its own. What stays inside every range passes: an attacker who knows the
+ranges and trains within them has not been tried.
+
+It runs on any replacement (`graphs.replace`), a model by its own neurons among them, and needs no token but the current one: a KV cache,
+batches and everything that decodes with one work as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from graphs.architectures import Site, install
+from graphs.artifact import read_json, write_json
+from graphs.attention import Attention
+from graphs.batches import Batch
+from graphs.host import Host
+from graphs.replace import Replacement
+from graphs.transcoder import Transcoder
+
+FEW = 20
+"""A token that clean text holds less often has no range of its own."""
+FORMAT = 1
+Tap = Callable[[str, Float[Tensor, "row token value"]], Float[Tensor, "row token value"]]
+"""Given the name of some values and what they are, what they are to be."""
+
+
+class Tapped(nn.Module):
+    """A copy of a replacement whose every value passes through `tap` (None: as it is). ids: what the last pass read."""
+
+    def __init__(self, replacement: Replacement) -> None:
+        super().__init__()
+        own = copy.deepcopy(replacement)
+        self.model, self.tokenizer, self.sites = own.model, own.tokenizer, own.sites
+        self.tap: Tap | None = None
+        self.embed: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.ids: Int[Tensor, "row token"] = torch.zeros(1, 0, dtype=torch.long)
+        self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        table: Any = self.model.get_input_embeddings()
+        table.register_forward_hook(lambda _module, args, out: out if self.embed is None else self.embed(args[0], out))
+        for site in own.sites:
+            self._install(site, own.part(site))
+
+    def host(self) -> Host:
+        """The run as a host: generation and every judge work on it as on any model."""
+        return Host(self.model, self.tokenizer, self.sites)
+
+    def forward(self, ids: Int[Tensor, "row token"]) -> Float[Tensor, "row token vocabulary"]:
+        """Logits."""
+        return self.model(input_ids=ids, use_cache=False).logits
+
+    def passed(self, name: str, value: Tensor) -> Tensor:
+        """`value` after the tap, whatever axes it has."""
+        return value if self.tap is None else self.tap(name, value.reshape(*self.ids.shape, -1)).reshape(value.shape)
+
+    def _begin(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+
+    def _install(self, site: Site, part: nn.Module) -> None:
+        if isinstance(part, Transcoder):
+            install(self.model, site, _MLP(self, site.name, part))
+            return
+        assert isinstance(part, Attention)
+        for name, what in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+            part.get_submodule(name).register_forward_hook(lambda _module, _args, out, name=f"{site.name}.{what}": self.passed(name, out))
+        part.get_submodule("o_proj").register_forward_pre_hook(lambda _module, args: (self.passed(f"{site.name}.node", args[0]), *args[1:]))
+
+
+class _MLP(nn.Module):
+    """A dictionary whose drives, factors and activations pass through the tap."""
+
+    def __init__(self, run: Tapped, name: str, part: Transcoder) -> None:
+        super().__init__()
+        self._run, self.name, self.part, self.parts = [run], name, part, part.dictionary().parts  # in a list: the run holds its parts, not they it
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """What the dictionary writes."""
+        run, active = self._run[0], []
+        for place, part in enumerate(self.parts):
+            name = self.name if len(self.parts) == 1 else f"{self.name}.{place}"
+            drive, factor = run.passed(f"{name}.drive", nn.functional.linear(x, part.read, part.bias)), part.factor(x)
+            drive = drive if factor is None else drive * run.passed(f"{name}.factor", factor)
+            active.append(run.passed(f"{name}.node", part.gate(drive)))
+        return torch.cat(active, -1) @ torch.cat([part.write for part in self.parts]) + self.part.b_dec
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What clean text has shown. row: each token's row of the tables (0: that of all tokens); known: tokens that occurred; mean: the mean
+    embedding of clean tokens; low, high: by name of the values; tokens: clean tokens looked at."""
+
+    row: Int[Tensor, "vocabulary"]
+    known: Bool[Tensor, "vocabulary"]
+    mean: Float[Tensor, "d"]
+    low: dict[str, Float[Tensor, "_row _value"]]
+    high: dict[str, Float[Tensor, "_row _value"]]
+    tokens: int
+
+    def without(self, own: bool = True, known: bool = True, names: Callable[[str], bool] = lambda _name: True) -> Limits:
+        """For ablations. own: keep tokens' own ranges; known: keep the rule for tokens never seen; names: values that are held."""
+        chosen = [name for name in self.low if names(name)]
+        return Limits(self.row if own else torch.zeros_like(self.row), self.known if known else torch.ones_like(self.known), self.mean,
+                      {name: self.low[name] for name in chosen}, {name: self.high[name] for name in chosen}, self.tokens)
+
+    def save(self, folder: Path, facts: dict) -> None:
+        """Write limits.safetensors and limits.json. facts: what the caller wants to find again."""
+        from safetensors.torch import save_file
+
+        tensors = {"row": self.row, "known": self.known, "mean": self.mean}
+        for kind, table in (("low", self.low), ("high", self.high)):
+            tensors |= {f"{kind}/{name}": value for name, value in table.items()}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "limits.safetensors")
+        write_json(folder / "limits.json", {"format": FORMAT, "tokens": self.tokens} | facts)
+
+    @staticmethod
+    def load(folder: Path) -> Limits:
+        """Read what `save` wrote. Raises ValueError where it is of another version."""
+        from safetensors.torch import load_file
+
+        facts, found = read_json(folder / "limits.json"), load_file(folder / "limits.safetensors")
+        if facts.get("format") != FORMAT:
+            raise ValueError(f"--limits {folder}: it was fitted by another version; run distill enforce fit again")
+        low, high = ({name.partition("/")[2]: value for name, value in found.items() if name.startswith(f"{kind}/")} for kind in ("low", "high"))
+        return Limits(found["row"], found["known"], found["mean"], low, high, facts["tokens"])
+
+
+@torch.no_grad()
+def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW) -> Limits:
+    """The ranges on clean batches, which are gone through twice: tokens are counted first. Raises ValueError where there is no token."""
+    batches, run = list(batches), Tapped(replacement)
+    counts = sum((torch.bincount(batch.ids[batch.real], minlength=run.model.config.vocab_size) for batch in batches), torch.zeros(()))
+    if not batches or not int(counts.sum()):
+        raise ValueError("limits need clean rows with at least one token: give more --rows")
+    own = counts >= few
+    row = torch.where(own, own.cumsum(0), 0)
+    low: dict[str, Tensor] = {}
+    high: dict[str, Tensor] = {}
+    total, real = torch.zeros(()), torch.zeros(1, 0, dtype=torch.bool)
+
+    def record(name: str, value: Tensor) -> Tensor:
+        seen, place = value[real], row[run.ids[real]]
+        for table, start, kind in ((low, math.inf, "amin"), (high, -math.inf, "amax")):
+            if name not in table:
+                table[name] = torch.full((int(own.sum()) + 1, value.shape[-1]), start)
+            table[name].scatter_reduce_(0, place[:, None].expand_as(seen), seen.float(), kind)
+        return value
+
+    def add(_ids: Tensor, out: Tensor) -> Tensor:
+        nonlocal total
+        total = total + out[real].sum(0)
+        return out
+
+    run.tap, run.embed = record, add
+    for batch in batches:
+        real = batch.real
+        run(batch.ids)
+    for table, widest in ((low, torch.amin), (high, torch.amax)):
+        for value in table.values():
+            value[0] = widest(value, dim=0)
+    return Limits(row, counts > 0, total / counts.sum(), low, high, int(counts.sum()))
+
+
+@dataclass(frozen=True)
+class Held:
+    """A value that was beyond its range. name: of the values; place: which of them; position: of the token; was, limit: what it was and what it
+    was held at; excess: how far apart these are, in widths of the value's range over all clean tokens."""
+
+    name: str
+    place: int
+    position: int
+    was: float
+    limit: float
+    excess: float
+
+    def line(self) -> str:
+        """`L2.mlp.node 17 at token 40: 9.10 held at 3.20`."""
+        return f"{self.name} {self.place} at token {self.position}: {self.was:.2f} held at {self.limit:.2f}"
+
+
+@dataclass
+class Tally:
+    """How many values were beyond their range, and of how many; and of each kind of values the one that was farthest beyond, pass by pass."""
+
+    beyond: int = 0
+    values: int = 0
+    strongest: list[Held] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Of the values that passed."""
+        return self.beyond / max(1, self.values)
+
+    def farthest(self, count: int) -> list[Held]:
+        """The first `count`."""
+        return sorted(self.strongest, key=lambda one: -one.excess)[:count]
+
+    def add(self, name: str, value: Float[Tensor, "row token value"], held: Float[Tensor, "row token value"], width: Float[Tensor, "value"]) -> None:
+        """Some values, what they were held at, and the width of each one's range."""
+        far = (value - held).abs() / width.clamp_min(1e-9)
+        self.beyond, self.values = self.beyond + int((far > 0).sum()), self.values + far.numel()
+        row, position, place = (int(one) for one in torch.unravel_index(far.argmax(), far.shape))
+        if far[row, position, place] > 0:
+            self.strongest.append(Held(name, place, position, *(float(one[row, position, place]) for one in (value, held, far))))
+
+
+class Enforced(Tapped):
+    """A replacement that runs within `limits`. Raises ValueError where they were learnt on another graph."""
+
+    def __init__(self, replacement: Replacement, limits: Limits) -> None:
+        super().__init__(replacement)
+        self.limits = limits
+        self.tally: Tally | None = None
+        """While it is set, passes add to it (slower)."""
+        self.tap, self.embed = self._hold, self._known
+        vocabulary = self.model.config.vocab_size
+        if len(limits.row) != vocabulary:
+            raise ValueError(f"the limits are of a model with {len(limits.row)} tokens, this one has {vocabulary}: fit them on this model")
+
+    def _known(self, ids: Tensor, out: Tensor) -> Tensor:
+        return torch.where(self.limits.known[ids][..., None], out, self.limits.mean.to(out.dtype))
+
+    def _hold(self, name: str, value: Tensor) -> Tensor:
+        low = self.limits.low.get(name)
+        if low is None:
+            return value
+        if low.shape[1] != value.shape[-1]:
+            raise ValueError(f"the limits hold {low.shape[1]} values of {name}, this model has {value.shape[-1]}: fit them on this model")
+        row = self.limits.row[self.ids]
+        held = torch.maximum(torch.minimum(value, self.limits.high[name][row]), low[row])
+        if self.tally is not None:
+            self.tally.add(name, value, held, self.limits.high[name][0] - low[0])
+        return held
+
+    @torch.no_grad()
+    def held(self, ids: Int[Tensor, "token"]) -> Tally:
+        """What one text meets."""
+        found = self.tally = Tally()
+        try:
+            self(ids[None])
+        finally:
+            self.tally = None
+        return found
