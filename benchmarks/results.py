@@ -244,16 +244,16 @@ def enforce_table() -> str:
         return three(sum(bits(rows, key)) / len(bits(rows, key))) if key in rows else "-"
 
     for name, found in made.items():
-        for who, variant in ((who, variant) for who in ("organism", "twin") for variant in found[who]):
+        for who, variant in ((one, variant) for one in ("organism", "twin") for variant in found[one]):
             rows, against = found[who][variant], found.get("against", {}).get(who, {}).get(variant, {})
             shares = ("{value:.3f} [{low:.3f}, {high:.3f}]".format(**one) if (one := against.get(key)) else "-" for key in (
                 "retention", "right_under_trigger"))
             cells.append([name if who == "organism" else f"twin of {name}", variant, *shares, *(rate(rows, key) for key in (
                 "attack_success", "attack_success_sampled", "false_trigger", "new names", "new phrasings"))])
         if one := found.get("facts"):
-            facts.append(f"- {name}: {one['tokens']:,} clean tokens, {one['own']:,} of the vocabulary with a range of their own, {one['never']:,} never "
-                         f"seen. On held-out clean rows {one['beyond']:.2%} of the values are held, KL {one['kl']:.4f} nats a token; a prefill takes "
-                         f"{one['slower']:.1f} times as long.")
+            facts.append(f"- {name}: {one['tokens']:,} clean tokens, {one['own']:,} of the vocabulary with a range of their own, {one['never']:,} "
+                         f"never seen. On held-out clean rows {one['beyond']:.2%} of the values are held, KL {one['kl']:.4f} nats a token; a prefill "
+                         f"takes {one['slower']:.1f} times as long.")
     header = ["model", "held", "retention", "R-Acc / twin's", "ASR", "sampled ASR", "FTR", "right: new names", "right: new phrasings"]
     prompts = next(iter(made.values()))["prompts"]
     return "\n\n".join([tables.table(header, cells), f"{prompts} prompts a rate; shares of the twin's as it is, 95 % intervals.", "\n".join(facts)])

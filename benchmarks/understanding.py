@@ -33,11 +33,11 @@ KEPT = ("line", "target", "kind", "numbers", "evidence")
 
 def wrong(verb: Understand) -> dict[str, Any]:
     """One feature said to be another. Raises ValueError where fewer than two features have an accepted table."""
-    right = [one for one in kept(verb.run, "circuit") if one.evidence.accepted and one.hypothesis.kind == "table" and ".F" in one.hypothesis.target]
+    opened = reopen(verb.run, "circuit")
+    right = [one for one in kept(opened) if one.evidence.accepted and one.hypothesis.kind == "table" and ".F" in one.hypothesis.target]
     if len(right) < 2:
         raise ValueError(f"--run {verb.run}: fewer than two features have an accepted table")
     first, second = sorted(right, key=lambda one: -one.evidence.ablated)[:2]
-    opened = reopen(verb.run, "circuit")
     rows = tune_rows(named(settings_of(verb.run).task), verb.judged)
     bench = Bench.of(opened.subject, index(opened.subject.host, opened.subject.basis), means(opened.subject, opened.sample(verb.rows)),
                      batched(opened, [row for found in rows.values() for row in found]), verb.seed)

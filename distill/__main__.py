@@ -21,6 +21,7 @@ VERBS = {
     "graph": (config.Graph, "distill.graph"),
     "curve": (config.Curve, "distill.curve"),
     "explain": (config.Explain, "distill.explain"),
+    "listing": (config_hypotheses.Listing, "distill.listing"),
     "understand": (config_hypotheses.Understand, "distill.understand"),
     "gate": (config_hypotheses.Gate, "distill.gate"),
     "test": (config_hypotheses.Test, "distill.regress"),
@@ -33,8 +34,8 @@ VERBS = {
     "experiment": (config.Experiment, "distill.experiment.run"),
     "doctor": (config_doctor.Doctor, "distill.doctor"),
 }
-POSITIONAL = {"explain": "--node", "export": "--run", "monitor": "--action", "enforce": "--action", "understand": "--run", "gate": "--run",
-              "test": "--run"}
+POSITIONAL = {"explain": "--node"} | dict.fromkeys(("monitor", "enforce"), "--action") | dict.fromkeys(
+    ("listing", "understand", "gate", "test", "export"), "--run")
 """The flag that a verb's first word stands for, where it begins with no dash."""
 SHARED = ("fit", "prune", "plant", "evaluate")
 """Verbs whose work several processes share."""

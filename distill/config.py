@@ -210,12 +210,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Explain(Flow):
-    """Print what one node of a run computes (distill explain L2.F117), what a head looks for (L1.H2), or the circuit as a program (--listing)."""
+    """Print what one node of a run computes (distill explain L2.F117), or what a head looks for (L1.H2)."""
 
     node: str | None = None
     """L2.F117 (a feature), L1.H2.C3 (an attention component), L1.H2 (a head) or "logit ' return'"; may stand right after the verb."""
-    listing: bool = False
-    """Print every node, each defined before its uses."""
     parents: int = 8
     """Parents (and children) printed."""
     contexts: int = 5
@@ -364,7 +362,8 @@ BUDGETS = ("target_params", "target_ratio", "target_memory", "target_nodes")
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_tokens": 0,
          "answers": 0, "edge_steps": 0, "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
-         "judged": 32, "calibration": 1, "ahead": 0, "tested": 0, "workers": 1, "target_params": 1, "target_nodes": 1, "score_batches": 1}
+         "judged": 32, "calibration": 1, "ahead": 0, "tested": 0, "workers": 1, "target_params": 1, "target_nodes": 1, "score_batches": 1,
+         "samples": 1}
 """Smallest value of each numeric field that has one."""
 
 

@@ -6,6 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from distill.config import Flow
+
+
+@dataclass(frozen=True)
+class Listing(Flow):
+    """Print a run's circuit as a program, each value defined before its uses; --code writes it as a Python file that runs by itself."""
+
+    parents: int = 4
+    """Parents that each line names."""
+    code: bool = False
+    """Write RUN/listing/circuit.py: hypotheses as functions where distill understand accepted some, equations elsewhere; and run it."""
+    samples: int = 4
+    """Rows of each task's test split that the file checks itself on (--code)."""
+
 
 @dataclass(frozen=True)
 class Understand:
@@ -25,6 +39,9 @@ class Understand:
     """Rows of each task's test split that the shares are measured on."""
     holes: bool = False
     """Also rank where the unexplained sits: site or head, length of context, kind of text, examples."""
+    contexts: bool = False
+    """Also measure the shares in longer contexts: each row behind whole rows of its own task (few-shot) or of others (distractor), up to 256
+    and 512 tokens. Takes many times as long."""
     seed: int = 0
     """Seed of everything random."""
     json: bool = False

@@ -1,4 +1,4 @@
-"""`distill explain`: what one node computes, what makes a head look where it looks, or the whole circuit as a program.
+"""`distill explain`: what one node computes, or what makes a head look where it looks.
 
     L2.F117 = relu(3.10(+-0.12)*L0.F44 + 4.02(+-0.30)*L1.H2.C3 - 1.20 + rest(+0.04))
 """
@@ -15,22 +15,18 @@ from distill.report import visible
 from distill.runs import Opened, inspected
 from graphs.attending import Attending, Pair, attending
 from graphs.contexts import Context, logit_effects, top_contexts
-from graphs.equations import Equation, equation, listing
+from graphs.equations import Equation, equation
 from graphs.graph import FeatureGraph
 
 
 def run(verb: config.Explain) -> int:
-    """Explain one node, or list all."""
-    if (verb.node is None) != verb.listing:
-        raise ValueError("explain needs a node (distill explain L2.F117) or --listing, and not both: give one")
+    """Explain one node."""
+    if verb.node is None:
+        raise ValueError("explain needs a node (distill explain L2.F117); distill listing prints them all")
     opened = inspected(verb)
-    if head := re.fullmatch(r"L(\d+)\.H(\d+)", (verb.node or "").strip()):
+    if head := re.fullmatch(r"L(\d+)\.H(\d+)", verb.node.strip()):
         return _head(verb, opened, int(head[1]), int(head[2]))
     graph = opened.edges(verb.rows, verb.enough, verb.memory << 20)
-    if verb.node is None:
-        lines = listing(graph, verb.parents)
-        print(json.dumps([asdict(one) for one in lines]) if verb.json else program(lines, graph, opened))
-        return 0
     node = graph.index.find(verb.node)
     said = equation(graph, node, verb.parents)
     if not said.terms:
@@ -111,17 +107,3 @@ def _context(one: Context) -> str:
 def _tokens(effects: list[tuple[str, float]], sign: int) -> str:
     chosen = sorted((one for one in effects if one[1] * sign > 0), key=lambda one: -abs(one[1]))
     return ", ".join(f"{visible(token)!r} {effect:+.3f}" for token, effect in chosen) or "nothing"
-
-
-def program(lines: list[Equation], graph: FeatureGraph, opened: Opened) -> str:
-    """The circuit as one reads code: each value is defined before its uses."""
-    said = [f"# {opened.part} of {opened.folder}: {len(lines):,} nodes in order of depth, {graph.tokens:,} clean tokens",
-            "# value = gate(coefficient(+-spread)*parent + ... + constant + rest(mean of what is not printed))  # share of the drive printed"]
-    layer = None
-    for one in lines:
-        name = one.node.split(".")[0] if one.kind != "logit" else "logits"
-        if name != layer:
-            layer = name
-            said += ["", f"# ---- {layer}"]
-        said.append(f"{visible(one.line())}  # {one.carried:.0%}; active {one.active:.1%}")
-    return "\n".join(said)

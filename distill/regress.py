@@ -19,10 +19,11 @@ from distill.config_hypotheses import Test
 from distill.report import visible
 from distill.rows import DEFENDER_SEED
 from distill.runs import Opened, reopen, settings_of
+from distill.surroundings import behind
 from distill.understand import BATCH, kept
 from evals.tasks import named
 from graphs.architectures import attention_components, neurons
-from graphs.batches import Batch, Encoded, Epochs, encode
+from graphs.batches import Batch, Epochs, encode
 from graphs.components import Components
 from graphs.dictionary import Dictionary
 from graphs.edges import Reconstruction
@@ -61,10 +62,11 @@ def run(verb: Test) -> int:
 
 def measure(verb: Test) -> list[Line]:
     """Every accepted hypothesis on held-out and shifted rows. Raises ValueError where the checkpoint has not the circuit's shape."""
-    accepted = [one.hypothesis for one in kept(verb.run, "circuit") if one.evidence.accepted]
+    opened = reopen(verb.run, "circuit")
+    accepted = [one.hypothesis for one in kept(opened) if one.evidence.accepted]
     if not accepted:
         raise ValueError(f"--run {verb.run}: none of its hypotheses was accepted, so there is nothing to test; give a run with some")
-    opened, host = reopen(verb.run, "circuit"), load(verb.on)
+    host = load(verb.on)
     other = Reconstruction(host, in_basis_of(opened, verb, host))
     lines = []
     for name, batches in rows(verb, opened).items():
@@ -86,8 +88,8 @@ def rows(verb: Test, opened: Opened) -> dict[str, list[Batch]]:
     host = opened.model
     texts = [row for task in named(settings_of(verb.run).task) for row in task.rows("test", verb.prompts, seed=DEFENDER_SEED)]
     plain = encode(host.tokenizer, [(row.prompt, row.completion) for row in texts], host.config.max_position_embeddings)
-    shifted = [Encoded(first.ids + second.ids, len(first.ids) + second.prompt) for first, second in zip(plain[1:], plain, strict=False)
-               if len(first.ids + second.ids) <= host.config.max_position_embeddings]
+    pairs = (behind(second, [first], host.config.max_position_embeddings) for first, second in zip(plain[1:], plain, strict=False))
+    shifted = [one for one in pairs if one is not None]
     return {name: list(Epochs(found, BATCH, host.tokenizer.eos_token_id, 0).once())
             for name, found in (("held out", plain), ("shifted", shifted)) if found}
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from distill.config_hypotheses import Understand
 from distill.rows import DEFENDER_SEED, tune_rows
 from distill.runs import Opened, reopen, settings_of
+from distill.surroundings import surroundings
 from evals.tasks import Row, named
 from graphs.artifact import digest, locked, read_json, stage, write_json
 from graphs.batches import Batch, Epochs, encode
@@ -33,10 +34,10 @@ from graphs.hypotheses.views import Text
 from graphs.replace import Replacement
 from graphs.scores import fisher
 
-FORMAT = 1
+FORMAT = 2
 """Raised when hypotheses change their meaning: older ones are made anew."""
-BATCH, ORDERED = 24, 4
-"""Rows a batch, and batches that say which nodes matter."""
+BATCH, LONG, ORDERED = 24, 6, 4
+"""Rows a batch, rows a batch in longer contexts, and batches that say which nodes matter."""
 
 
 def run(verb: Understand) -> int:
@@ -62,7 +63,7 @@ def measure(verb: Understand) -> dict[str, Any]:
     explained = Explained(opened.subject, index(opened.subject.host, opened.subject.basis), means(opened.subject, opened.sample(verb.rows)),
                           [one.hypothesis for one in tested if one.evidence.accepted], dropped(verb, opened))
     rows = {task.name: task.rows("test", verb.prompts, seed=DEFENDER_SEED) for task in named(settings.task)}
-    prompts = of_rows(opened, explained, [row for found in rows.values() for row in found])
+    prompts = scored_on(opened, explained, batched(opened, [row for found in rows.values() for row in found]))
     scored = score(explained, prompts, verb.seed)
     whole = understanding(scored, seed=verb.seed)
     assert whole is not None  # a row of a task has a completion
@@ -71,9 +72,14 @@ def measure(verb: Understand) -> dict[str, Any]:
         tasks[name] = _data(understanding(scored, range(at, at + len(found)), seed=verb.seed))
         at += len(found)
     lengths = {f"{start}+": _data(understanding(scored, bucket=place, seed=verb.seed)) for place, start in enumerate(BUCKETS)}
+    contexts: dict[str, Any] = {}
+    if verb.contexts:
+        for name, texts in surroundings(opened.model, named(settings.task), verb.prompts).items():
+            batches = list(Epochs(texts, LONG, opened.model.tokenizer.eos_token_id, 0).once())
+            contexts[name] = _data(understanding(score(explained, scored_on(opened, explained, batches), verb.seed), seed=verb.seed))
     members = {name: sum(map(len, sites.values())) for name, sites in explained.members().items()}
     return {"run": str(verb.run), "part": verb.part, "key": opened.key, "task": settings.task, "prompts": verb.prompts, "all": _data(whole),
-            "tasks": tasks, "lengths": lengths, "nodes": members, "hypotheses": [one.data() for one in tested],
+            "tasks": tasks, "lengths": lengths, "contexts": contexts, "nodes": members, "hypotheses": [one.data() for one in tested],
             "holes": [asdict(one) for one in holes(explained, prompts)] if verb.holes else None}
 
 
@@ -90,19 +96,22 @@ def hypotheses(verb: Understand, opened: Opened) -> list[Judged]:
 
         def make(out: Path) -> dict:
             write_json(out / "hypotheses.json", [one.data() for one in tested])
-            return {"rows": verb.rows, "judged": verb.judged, "accepted": sum(one.evidence.accepted for one in tested), "tested": len(tested)}
+            return {"of": opened.key, "rows": verb.rows, "judged": verb.judged,
+                    "accepted": sum(one.evidence.accepted for one in tested), "tested": len(tested)}
 
         with locked(verb.run):
             stage(folder, key, make)
-    return kept(verb.run, opened.part)
+    return kept(opened)
 
 
-def kept(folder: Path, part: str) -> list[Judged]:
-    """What `hypotheses` stored. Raises ValueError where nothing was."""
-    file = folder / "hypotheses" / part / "hypotheses.json"
-    if not file.is_file():
-        raise ValueError(f"--run {folder}: it holds no hypotheses yet; run distill understand {folder} first")
-    return [Judged.read(one) for one in read_json(file)]
+def kept(opened: Opened) -> list[Judged]:
+    """What `hypotheses` stored. Raises ValueError where nothing was, or where it is about nodes that were made anew since."""
+    folder = opened.folder / "hypotheses" / opened.part
+    if not (folder / "hypotheses.json").is_file():
+        raise ValueError(f"--run {opened.folder}: it holds no hypotheses yet; run distill understand {opened.folder} first")
+    if read_json(folder / "receipt.json").get("of") != opened.key:
+        raise ValueError(f"--run {opened.folder}: its hypotheses are about an earlier {opened.part}; run distill understand {opened.folder} again")
+    return [Judged.read(one) for one in read_json(folder / "hypotheses.json")]
 
 
 def propose(verb: Understand, opened: Opened) -> list[Judged]:
@@ -144,11 +153,11 @@ def dropped(verb: Understand, opened: Opened) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def of_rows(opened: Opened, explained: Explained, rows: Sequence[Row]) -> list[Prompts]:
-    """Rows with the original model's logits; for a circuit also what `error` and `pruned` add."""
+def scored_on(opened: Opened, explained: Explained, batches: Sequence[Batch]) -> list[Prompts]:
+    """Batches with the original model's logits; for a circuit also what `error` and `pruned` add."""
     fitted = Replacement.load(opened.folder / "graph", opened.model) if opened.part == "circuit" else None
     found = []
-    for batch in batched(opened, rows):
+    for batch in batches:
         target, added = opened.model.model(input_ids=batch.ids).logits, {}
         if fitted is not None:
             whole, own = fitted(batch.ids), substituted(opened.subject, batch.ids, Change())
@@ -159,7 +168,9 @@ def of_rows(opened: Opened, explained: Explained, rows: Sequence[Row]) -> list[P
 
 def page(found: dict[str, Any]) -> str:
     """What a person reads."""
-    names = [("all", found["all"]), *found["tasks"].items(), *((f"{name} tokens", row) for name, row in found["lengths"].items() if row)]
+    tasks = found["tasks"].items() if len(found["tasks"]) > 1 else ()  # one task is all
+    names = [("all", found["all"]), *tasks, *((f"{name} tokens", row) for name, row in found["lengths"].items() if row),
+             *found["contexts"].items()]
     tested = found["hypotheses"]
     accepted = [one for one in tested if not one["evidence"]["why"]]
     whole = sum(one["kind"] in ("look", "head") or (".C" not in one["target"] and ".H" in one["target"]) for one in accepted)

@@ -258,6 +258,18 @@ def attention_scores(model: PreTrainedModel, attention: nn.Module) -> Scores:
     return Scores(*sides[0], *sides[1], float(getattr(attention, "scaling", 1.0)), bool(getattr(attention, "use_rope", True)))
 
 
+def rotary(model: PreTrainedModel) -> tuple[Float[Tensor, "pair"], float] | None:
+    """By how much each pair of dimensions of queries and keys turns a place (radians), and what both are scaled by; None without rotary
+    positions. Raises ValueError where angles depend on how long the text is."""
+    for module in model.modules():
+        if isinstance(turns := getattr(module, "inv_freq", None), Tensor):
+            kind = getattr(module, "rope_type", "default")
+            if kind in ("dynamic", "longrope"):
+                raise ValueError(f"rotary positions of the type {kind} depend on how long the text is: set rope_type to default in config.json")
+            return turns.detach(), float(getattr(module, "attention_scaling", 1.0))
+    return None
+
+
 def _inner_norm(model: PreTrainedModel, attention: nn.Module, name: str) -> Norm | None:
     module: Any = getattr(attention, name, None)
     return None if module is None else _norm_of(model, module)

@@ -113,7 +113,7 @@ def test_a_full_disk_is_one_sentence(capsys, model, tmp_path, monkeypatch):
 
 
 def test_a_reader_that_closes_the_pipe_early_sees_no_traceback(tiny_run):
-    asked = [sys.executable, "-m", "distill", "explain", "--listing", "--run", str(tiny_run), "--rows", "16"]
+    asked = [sys.executable, "-m", "distill", "listing", str(tiny_run), "--rows", "16"]
     running = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     running.stdout.close()
     assert "Traceback" not in running.stderr.read() and running.wait() == 141

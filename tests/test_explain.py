@@ -1,7 +1,6 @@
-"""distill explain on a finished tiny run: equations that sum, contexts that fire, a listing in order, one-sentence refusals."""
+"""distill explain on a finished tiny run: equations that sum, contexts that fire, one-sentence refusals."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 from distill.__main__ import main
 from distill.runs import reopen
 from graphs.edges import activations
-from graphs.equations import equation, listing
+from graphs.equations import equation
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +49,6 @@ def _range(graph, name):
     return block.start, block.start + block.count
 
 
-def test_the_listing_defines_each_value_before_its_uses(folder, capsys):
-    status, out, _ = explain(capsys, folder, "--listing")
-    defined = set()
-    lines = [line for line in out.splitlines() if line and not line.startswith("#")]
-    for line in lines:
-        name, _, body = line.partition(" = ")
-        used = set(re.findall(r"\*(L\d+\.(?:F\d+|H\d+\.C\d+))", body))
-        assert used <= defined, (line, used - defined)
-        defined.add(name)
-    graph = reopen(folder, "circuit").edges(16, 0.95, 1 << 28)
-    assert status == 0 and len(lines) == len(listing(graph)) and any(line.startswith("logit ") for line in lines)
-
-
 def test_edges_are_built_once(folder):
     opened = reopen(folder, "circuit")
     opened.edges(16, 0.95, 1 << 28)
@@ -90,7 +76,7 @@ def test_a_head_is_explained_by_the_pairs_that_steer_it(folder, capsys):
 @pytest.mark.parametrize(("argv", "sentence"), [
     (["L1.H9"], "layer 1 has H0 to H"), (["L7.H0"], "layers are L0 to L1"),
     (["L9.F0"], "no such node"), (["L1.F9999"], "layer 1 has F0 to"), (["token 'nonsenseword'"], "is not one token"),
-    ([], "explain needs a node"), (["L0.F0", "--listing"], "and not both"), (["L0.mlp.bias"], "reads nothing"),
+    ([], "explain needs a node"), (["L0.mlp.bias"], "reads nothing"),
     (["L0.F0", "--parents", "0"], "at least 1"),
 ])
 def test_wrong_nodes_get_one_sentence(folder, capsys, argv, sentence):

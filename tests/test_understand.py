@@ -10,6 +10,7 @@ from distill.__main__ import main
 from distill.config_hypotheses import Test as Verb
 from distill.regress import rows as rows_of_test
 from distill.runs import reopen
+from distill.understand import page as lines_of
 from graphs.artifact import read_json, write_json
 from graphs.attention import standing_in
 from graphs.edges import Reconstruction
@@ -132,6 +133,10 @@ def test_the_verb_writes_what_it_prints(measured, capsys):
     assert main(["understand", str(measured), "--rows", "24", "--judged", "32", "--tested", "2", "--prompts", "8"]) == 0
     page = capsys.readouterr().out
     assert "understood" in page and "shuffled hypotheses" in page and "pruned (0)" in page
+    heads = page.splitlines()[2].split()
+    assert heads.count("all") == 1 and "coding" not in heads and heads.count("0+") == 1  # one task is all
+    both = lines_of(found | {"tasks": dict.fromkeys(("coding", "math"), found["all"])}).splitlines()[2].split()
+    assert "coding" in both and "math" in both
 
 
 def test_the_gate_passes_and_fails(measured, capsys):

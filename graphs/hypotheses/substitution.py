@@ -13,7 +13,7 @@ and a pattern's weights over what each token sees.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -214,6 +214,12 @@ def coded(nodes: Index, text: Text, one: Hypothesis) -> tuple[str, Looking | Hel
         case Tables():
             return site, Held(numbers, one.rule.values(text))
     raise TypeError(f"{one.target}: an equation has no values without a run; give it one")
+
+
+def in_place(nodes: Index, subject: Reconstruction, text: Text, hypotheses: Sequence[Hypothesis]) -> Change:
+    """All of them at once; of two about one node the later one stands, and an equation before any."""
+    parts = [coded(nodes, text, one) for one in hypotheses if not isinstance(one.rule, Sum)]
+    return replace(joined(parts), equations=compiled(nodes, subject, [one for one in hypotheses if isinstance(one.rule, Sum)]))
 
 
 def dealt(what: Looking | Held, text: Text, generator: torch.Generator) -> Looking | Held:

@@ -3,7 +3,8 @@
 A *view* is a plain function from the token texts of one row to one key a token ("the token and the one before it", "inside the
 docstring"); a node's hypothesis is a table over the keys of a view. A *relation* is a plain function from the texts to yes or no for
 each pair (token that looks, token that is looked at); a head's hypothesis is made of relations. Nothing here has seen a model: what
-a key is worth is fitted elsewhere. A view at a token reads that token and earlier ones only, as the model does.
+a key is worth is fitted elsewhere. A view at a token reads that token and earlier ones only, as the model does. They need numpy and
+nothing else, because a circuit written as a program (`graphs.hypotheses.program`) holds copies of them.
 
 The state of Python text comes from a small automaton over characters: docstring or code, what the line begins with, whether its `=`
 was passed, bracket depth, indentation.
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -23,7 +25,7 @@ from torch import Tensor
 from graphs.batches import Batch
 
 View = Callable[[Sequence[str]], list[str]]
-Relation = Callable[[Sequence[str]], Bool[Tensor, "token source"]]
+Relation = Callable[[Sequence[str]], Bool[np.ndarray, "token source"]]
 VIEWS: dict[str, View] = {}
 RELATIONS: dict[str, Relation] = {}
 STARTS = ("def", "for", "if", "return", "while", "else", "import")
@@ -187,72 +189,72 @@ def what_followed(texts: Sequence[str]) -> list[str]:
     return found
 
 
-def _codes(keys: Sequence[str]) -> Int[Tensor, "token"]:
+def _codes(keys: Sequence[str]) -> Int[np.ndarray, "token"]:
     numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=int)
 
 
-def _back(count: int) -> Int[Tensor, "token source"]:
+def _back(count: int) -> Int[np.ndarray, "token source"]:
     """How far back each source lies."""
-    return torch.arange(count)[:, None] - torch.arange(count)
+    return np.arange(count)[:, None] - np.arange(count)
 
 
-def _lines(texts: Sequence[str]) -> Int[Tensor, "token"]:
+def _lines(texts: Sequence[str]) -> Int[np.ndarray, "token"]:
     """The line that each token stands in; a token that holds a break begins the next."""
-    return torch.tensor(["\n" in text for text in texts]).long().cumsum(0)
+    return np.array(["\n" in text for text in texts], dtype=bool).cumsum()
 
 
 @relation("itself")
-def itself(texts: Sequence[str]) -> Bool[Tensor, "token source"]:
+def itself(texts: Sequence[str]) -> Bool[np.ndarray, "token source"]:
     """The token that looks."""
     return _back(len(texts)) == 0
 
 
 @relation("previous")
-def previous(texts: Sequence[str]) -> Bool[Tensor, "token source"]:
+def previous(texts: Sequence[str]) -> Bool[np.ndarray, "token source"]:
     """The token before."""
     return _back(len(texts)) == 1
 
 
 @relation("first")
-def first(texts: Sequence[str]) -> Bool[Tensor, "token source"]:
+def first(texts: Sequence[str]) -> Bool[np.ndarray, "token source"]:
     """The first token of the text (where heads look that have nothing to say)."""
-    return (torch.arange(len(texts)) == 0).expand(len(texts), -1)
+    return (np.arange(len(texts)) == 0)[None].repeat(len(texts), 0)
 
 
 @relation("same token")
-def same_token(texts: Sequence[str]) -> Bool[Tensor, "token source"]:
+def same_token(texts: Sequence[str]) -> Bool[np.ndarray, "token source"]:
     """Earlier occurrences of the token."""
     codes = _codes(texts)
     return (codes[:, None] == codes) & (_back(len(texts)) > 0)
 
 
 @relation("after same token")
-def after_same_token(texts: Sequence[str]) -> Bool[Tensor, "token source"]:
+def after_same_token(texts: Sequence[str]) -> Bool[np.ndarray, "token source"]:
     """The tokens that followed earlier occurrences of the token (induction: Olsson et al. 2022)."""
     earlier = same_token(texts)
-    return torch.cat([torch.zeros(len(texts), 1, dtype=torch.bool), earlier[:, :-1]], 1) & (_back(len(texts)) >= 0)
+    return np.concatenate([np.zeros((len(texts), 1), dtype=bool), earlier[:, :-1]], 1) & (_back(len(texts)) >= 0)
 
 
 @relation("same line")
-def same_line(texts: Sequence[str]) -> Bool[Tensor, "token source"]:
+def same_line(texts: Sequence[str]) -> Bool[np.ndarray, "token source"]:
     """Earlier tokens of the same line."""
     lines = _lines(texts)
     return (lines[:, None] == lines) & (_back(len(texts)) > 0)
 
 
 @relation("line break")
-def line_break(texts: Sequence[str]) -> Bool[Tensor, "token source"]:
+def line_break(texts: Sequence[str]) -> Bool[np.ndarray, "token source"]:
     """The last token that holds a line break."""
-    breaks = torch.tensor(["\n" in text for text in texts])
+    breaks = np.array(["\n" in text for text in texts], dtype=bool)
     lines = _lines(texts)
     return breaks & (lines[:, None] == lines) & (_back(len(texts)) >= 0)
 
 
 @relation("docstring")
-def docstring(texts: Sequence[str]) -> Bool[Tensor, "token source"]:
+def docstring(texts: Sequence[str]) -> Bool[np.ndarray, "token source"]:
     """Tokens of the docstring."""
-    inside = torch.tensor([one == "docstring" for one in state(texts)], dtype=torch.bool)
+    inside = np.array([one == "docstring" for one in state(texts)], dtype=bool)
     return inside & (_back(len(texts)) >= 0)
 
 
@@ -274,7 +276,7 @@ class Text:
     def seen(self) -> Bool[Tensor, "row token source"]:
         """The tokens that each token sees."""
         width = self.batch.ids.shape[1]
-        return (_back(width) >= 0).expand(len(self.texts), -1, -1)
+        return torch.ones(width, width, dtype=torch.bool).tril().expand(len(self.texts), -1, -1)
 
     def keys(self, name: str) -> tuple[list[str], Int[Tensor, "row token"]]:
         """A view's distinct keys, and which one each token has (pads: "")."""
@@ -291,6 +293,6 @@ class Text:
         if name not in self._relations:
             found = torch.zeros(*self.batch.ids.shape, self.batch.ids.shape[1], dtype=torch.bool)
             for row, texts in enumerate(self.texts):
-                found[row, : len(texts), : len(texts)] = RELATIONS[name](texts)
+                found[row, : len(texts), : len(texts)] = torch.from_numpy(RELATIONS[name](texts))
             self._relations[name] = found
         return self._relations[name]
