@@ -22,7 +22,7 @@ from graphs.graph import FeatureGraph
 def run(verb: config.Explain) -> int:
     """Explain one node."""
     if verb.node is None:
-        raise ValueError("explain needs a node (distill explain L2.F117); distill listing prints them all")
+        raise ValueError("explain needs a node: give one (distill explain L2.F117), or let distill listing print them all")
     opened = inspected(verb)
     if head := re.fullmatch(r"L(\d+)\.H(\d+)", verb.node.strip()):
         return _head(verb, opened, int(head[1]), int(head[2]))

@@ -48,6 +48,8 @@ def run(verb: Listing) -> int:
 
 def code(verb: Listing, opened: Opened, graph: FeatureGraph) -> int:
     """Write the file, unless it is there, and run it. Raises ValueError where what was written is not the circuit, or no longer runs."""
+    if opened.part != "circuit":
+        raise ValueError("--code: only a circuit runs by itself; a fitted graph is read inside the model, whose errors no program has; leave it out")
     tested = kept(opened) if (opened.folder / "hypotheses" / opened.part).is_dir() else []
     accepted = [one for one in tested if one.evidence.accepted]
     rows = [row for task in named(settings_of(verb.run).task) for row in task.rows("test", verb.samples, seed=DEFENDER_SEED)]

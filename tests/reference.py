@@ -28,10 +28,10 @@ REFUSALS = """# What it refuses, and what to do
 Every sentence that the code refuses with, by the flag it begins with (made from the code by `WRITE_DOCS=1 pytest tests/test_reference.py`).
 A word in `<brackets>` is filled in. On the command line it stands after `distill: `, with exit status 2."""
 ACTIONS = (
-    "add ", "ask ", "calibrate ", "check ", "choose ", "convert ", "copy ", "correct ", "draw ", "drop ", "fit ", "fix ", "fold ", "free ", "give ",
-    "hold ", "install ", "judge ", "keep ", "leave ", "log in", "lower ", "make ", "name ", "pass ", "plant ", "please report", "put ", "refit ",
-    "remove", "rename ", "restore ", "run ", "save ", "search ", "see ", "set ", "shorten", "start ", "take ", "use ", "wait ", "write ",
-    "its graph can be read", "its heads can be read", "the sandbox starts", "`lm_eval")
+    "add ", "ask ", "calibrate ", "check ", "choose ", "convert ", "copy ", "correct ", "delete ", "draw ", "drop ", "fit ", "fix ", "fold ",
+    "free ", "give ", "hold ", "install ", "judge ", "keep ", "leave ", "log in", "lower ", "make ", "name ", "pass ", "plant ",
+    "please report", "put ", "refit ", "remove", "rename ", "restore ", "run ", "save ", "search ", "see ", "set ", "shorten", "start ",
+    "take ", "use ", "wait ", "write ", "its graph can be read", "its heads can be read", "the sandbox starts", "`lm_eval")
 """What a remedy begins with."""
 
 

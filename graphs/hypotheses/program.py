@@ -94,9 +94,11 @@ class _Writer:
     def __init__(self, subject: Reconstruction, graph: FeatureGraph, accepted: list[Judged], most: int) -> None:
         model = subject.host.model
         if subject.stand_ins:
-            raise ValueError("only a circuit runs by itself: a fitted graph is read inside the model, whose errors no program has")
+            raise ValueError("only a circuit runs by itself: a fitted graph is read inside the model, whose errors no program has: "
+                             "give a circuit")
         if any(post_norm(model, site) is not None for site in subject.host.sites):
-            raise ValueError(f"{type(model).__name__} is not written as a program: a norm scales what each of its sublayers writes")
+            raise ValueError(f"{type(model).__name__} is not written as a program: a norm scales what each of its sublayers writes; use a "
+                             "model of another class")
         self.subject, self.graph, self.nodes, self.accepted, self.most = subject, graph, graph.index, accepted, most
         self.order = sorted(self.subject.host.sites, key=lambda site: site.writes_at)
         self.arrays: dict[str, np.ndarray] = {}
@@ -283,7 +285,7 @@ def _table(embedding: nn.Module) -> Float[Tensor, "entry d"]:
 
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise ValueError(f"the activation {name} is not written as a program; those that are: {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"the activation {name} is not written as a program; choose from {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

@@ -98,7 +98,7 @@ def _body(rule: Rule) -> list[str]:
             return _said("    return ", _look(rule))
         case Head():
             return [*_said("    where = ", _look(rule.look)), *_said("    return where @ ", _tables(rule.values))]
-    raise TypeError(f"{type(rule).__name__} has no body without a run")
+    raise TypeError(f"{type(rule).__name__} has no body without a run; give it one")
 
 
 def _said(before: str, expression: list[str]) -> list[str]:
