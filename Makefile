@@ -8,11 +8,12 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/.ready
 	$(RUN) -m distill prune --task coding --out runs/demo
 
-# the tests' models are tiny: a second thread only makes them wait for each other
+# the tests' models are tiny: a second thread only makes them wait for each other, a second process does not; what a file sets up once stays there
+TESTS := -q --numprocesses auto --maxprocesses 4 --dist loadfile
 test slow check: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/.ready
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest $(TESTS)
 
 slow: $(VENV)/.ready
 	$(RUN) -m pytest -q -m slow
@@ -20,7 +21,7 @@ slow: $(VENV)/.ready
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy distill evals backdoor graphs
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest $(TESTS)
 
 assets: $(VENV)/.ready
 	$(RUN) -m distill.assets
