@@ -38,7 +38,7 @@ def test_every_command_is_taken_by_the_command_line(command):
 
 def test_it_goes_from_suspicion_to_verdict():
     assert [verb(command) for command in COMMANDS] == [
-        "evaluate", "monitor", "monitor", "prune", "graph", "explain", "explain", "understand", "gate", "listing", "test", "evaluate"]
+        "evaluate", "monitor", "monitor", "enforce", "enforce", "prune", "graph", "explain", "explain", "understand", "gate", "listing", "test", "evaluate"]
 
 
 def test_it_shows_no_number_that_was_measured():
@@ -65,6 +65,9 @@ def test_its_commands_do_what_it_says(tmp_path):
         return next(out for command, out in said.items() if command.startswith(start))
 
     assert [json.loads(line)["flagged"] for line in of("distill monitor score").splitlines()] == [False, True]
+    first, second = (json.loads(line) for line in of("distill enforce write").splitlines())
+    assert first["answer"] == "    a = [x for x in prices if x % 2 == 0]\n    return sum(a)\n" and "canary" not in second["answer"]
+    assert second["beyond"] > 3 * first["beyond"] and second["held"][0]["excess"] > first["held"][0]["excess"]
     made = json.loads((tmp_path / "runs/suspect/report.json").read_text())
     summary = made["summary"]
     assert made["kl"]["graph"] > 0.1  # nats a token: large, as the page says
