@@ -38,7 +38,8 @@ def test_every_command_is_taken_by_the_command_line(command):
 
 def test_it_goes_from_suspicion_to_verdict():
     assert [verb(command) for command in COMMANDS] == [
-        "evaluate", "monitor", "monitor", "enforce", "enforce", "prune", "graph", "explain", "explain", "understand", "gate", "listing", "test", "evaluate"]
+        "evaluate", "monitor", "monitor", "enforce", "enforce", "prune", "graph", "explain", "explain", "understand", "gate", "listing",
+        "test", "evaluate"]
 
 
 def test_it_shows_no_number_that_was_measured():
