@@ -16,7 +16,7 @@ test: $(VENV)/.ready
 	$(RUN) -m pytest $(TESTS)
 
 slow: $(VENV)/.ready
-	$(RUN) -m pytest -q -m slow
+	$(RUN) -m pytest $(TESTS) -m slow
 
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -38,6 +38,8 @@ FORMAT = 2
 """Raised when hypotheses change their meaning: older ones are made anew."""
 BATCH, LONG, ORDERED = 24, 6, 4
 """Rows a batch, rows a batch in longer contexts, and batches that say which nodes matter."""
+COLUMNS = 5
+"""Columns of a printed table at most: a page of 150 characters."""
 
 
 def run(verb: Understand) -> int:
@@ -174,14 +176,9 @@ def page(found: dict[str, Any]) -> str:
     tested = found["hypotheses"]
     accepted = [one for one in tested if not one["evidence"]["why"]]
     whole = sum(one["kind"] in ("look", "head") or (".C" not in one["target"] and ".H" in one["target"]) for one in accepted)
-    lines = [f"{found['part']} of {found['run']}: {len(accepted)} of {len(tested)} hypotheses accepted, {whole} of them of whole heads", "",
-             f"{'share of the effect':20} " + " ".join(f"{name:>24}" for name, _ in names)]
-    for group in GROUPS:
-        lines.append(f"{group + ' (' + str(found['nodes'][group]) + ')':20} " + " ".join(f"{_cell(row['shares'][group]):>24}" for _, row in names))
-    for group in GROUPS:
-        lines.append(f"{'without ' + group:20} " + " ".join(f"{_cell(row['without'][group], -1):>24}" for _, row in names))
-    for label, key in (("together, v(all)", "whole"), ("understood", "understood"), ("shuffled hypotheses", "null")):
-        lines.append(f"{label:20} " + " ".join(f"{_cell(row[key]):>24}" for _, row in names))
+    lines = [f"{found['part']} of {found['run']}: {len(accepted)} of {len(tested)} hypotheses accepted, {whole} of them of whole heads"]
+    for start in range(0, len(names), COLUMNS):
+        lines += ["", *_shares(found["nodes"], names[start : start + COLUMNS])]
     lines += ["", f"Exact Shapley shares of v = 1 - KL / KL(nothing), {found['all']['nothing']:.3f} nats a token for nothing; "
                   f"{found['prompts']} test rows a task; 95 % intervals.",
               f"Understood: code and equations. Shuffled: must be at most {NULL}. In brackets: nodes. Without: change of v(all)."]
@@ -193,6 +190,17 @@ def page(found: dict[str, Any]) -> str:
         lines += ["", "holes, largest first (nats a token when it alone is ablated; output: KL from the model to the circuit)"]
         lines += [_hole(one) for one in found["holes"][:15]]
     return "\n".join(lines)
+
+
+def _shares(nodes: dict[str, int], columns: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """One table of at most `COLUMNS` columns."""
+    def line(label: str, key: str, group: str | None = None, sign: int = 1) -> str:
+        return f"{label:20} " + " ".join(f"{_cell(row[key] if group is None else row[key][group], sign):>24}" for _, row in columns)
+
+    return [f"{'share of the effect':20} " + " ".join(f"{name:>24}" for name, _ in columns),
+            *(line(f"{group} ({nodes[group]})", "shares", group) for group in GROUPS),
+            *(line(f"without {group}", "without", group, -1) for group in GROUPS),
+            line("together, v(all)", "whole"), line("understood", "understood"), line("shuffled hypotheses", "null")]
 
 
 def _cell(share: dict[str, float], sign: int = 1) -> str:

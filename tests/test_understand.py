@@ -137,6 +137,9 @@ def test_the_verb_writes_what_it_prints(measured, capsys):
     assert heads.count("all") == 1 and "coding" not in heads and heads.count("0+") == 1  # one task is all
     both = lines_of(found | {"tasks": dict.fromkeys(("coding", "math"), found["all"])}).splitlines()[2].split()
     assert "coding" in both and "math" in both
+    wide = lines_of(found | {"contexts": {f"context-{number}": found["all"] for number in range(6)}}).splitlines()
+    assert max(len(line) for line in wide if "[" in line and "  e.g." not in line and " nats" not in line) <= 150
+    assert sum("context-5" in line for line in wide) == 1 and sum(line.startswith("understood") for line in wide) > 1
 
 
 def test_the_gate_passes_and_fails(measured, capsys):
