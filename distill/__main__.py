@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from distill import config, config_doctor, config_enforce, config_hypotheses
+from distill import config, config_doctor, config_enforce, config_experiment, config_hypotheses
 from graphs import processes
 
 VERBS = {
@@ -31,7 +31,7 @@ VERBS = {
     "find": (config.Find, "distill.find"),
     "export": (config.Export, "distill.export"),
     "plant": (config.Plant, "distill.plant"),
-    "experiment": (config.Experiment, "distill.experiment.run"),
+    "experiment": (config_experiment.Experiment, "distill.experiment.run"),
     "doctor": (config_doctor.Doctor, "distill.doctor"),
 }
 POSITIONAL = {"explain": "--node"} | dict.fromkeys(("monitor", "enforce"), "--action") | dict.fromkeys(

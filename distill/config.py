@@ -42,6 +42,8 @@ class Fit:
     """Refit attention from noise, or keep the model's own (an ablation)."""
     batch: int = 24
     """Rows a batch."""
+    synthetic_rows: int = 0
+    """Rows that the model itself writes, prompts and answers at temperature 1, beside the clean rows: where these are few (distill/synthetic.py)."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -331,31 +333,6 @@ class Plant:
     """Seed of everything random."""
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """Plant backdoors, remove them blind with every method at equal rows and tokens, attack the results, and tabulate (docs/backdoors.md)."""
-
-    suite: Literal["quick", "knobs", "full"] = "quick"
-    """quick: two families, five methods at frozen knobs; knobs: chooses the knobs on development families; full: in stages."""
-    stage: str | None = None
-    """One stage of --suite full: headline, ablations, families, behaviours, rows, shares or met."""
-    model: str = "builtin:base-small"
-    """Base that is planted."""
-    out: Path = Path("runs/experiment")
-    """Folder of the grid; suites share what they have in common, and processes on several machines may share the folder."""
-    workers: int = 2
-    """Processes on this machine, of one thread each."""
-    dry_run: bool = False
-    """Print the plan and its hours, and make nothing."""
-    only: str | None = None
-    """Methods to make, by name, separated by commas (by default all of the suite)."""
-    attacks: str | None = None
-    """Attacks to try, by name, separated by commas: relearning, benign, research, low bits (by default all of the suite)."""
-    report: bool = False
-    """Make nothing: report on the cells that are there, and list those that are not."""
-    json: bool = False
-    """Print the summary as JSON instead of the table."""
-
 
 BUDGETS = ("target_params", "target_ratio", "target_memory", "target_nodes")
 """Flags that choose the circuit by its size; at most one, and not beside --keep."""
@@ -363,7 +340,7 @@ LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 
          "answers": 0, "edge_steps": 0, "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
          "judged": 32, "calibration": 1, "ahead": 0, "tested": 0, "workers": 1, "target_params": 1, "target_nodes": 1, "score_batches": 1,
-         "samples": 1}
+         "samples": 1, "synthetic_rows": 0}
 """Smallest value of each numeric field that has one."""
 
 

@@ -6,12 +6,11 @@ import json
 import sys
 from pathlib import Path
 
-from distill import config
+from distill import config, synthetic
 from distill.edges import judge, page
 from distill.models import Secret, find, read_secret, secret_beside
 from distill.report import write
 from distill.rivals import placed, run_rivals
-from distill.rows import clean
 from distill.runs import reopen
 from distill.table import table
 from evals import harness
@@ -75,7 +74,7 @@ def _run_folder(verb: config.Evaluate) -> int:
                          "of --basis features or neurons")
     with locked(folder):
         if verb.rivals:
-            texts = clean(settings.rows, named(settings.task))
+            texts = synthetic.rows(settings, model, named(settings.task))
             made |= placed(run_rivals(settings, model, secret, texts, made["summary"]["steps"], verb.prompts, verb.out or folder / "rivals.jsonl"))
         write(made, folder)
     print(json.dumps(made["rivals" if verb.rivals else "summary"], indent=1) if verb.json else table(made | {"folder": str(folder)}))

@@ -1,6 +1,7 @@
 """`distill prune --dry-run`: what a run would do and need, before anything is loaded or written.
 
-Batches and tokens are counted on the rows as this model's tokenizer splits them. Parameters are counted on the model's shapes. Memory is a
+Batches and tokens are counted on the rows as this model's tokenizer splits them; synthetic rows, which are not written yet, as if they were
+clean ones. Parameters are counted on the model's shapes. Memory is a
 lower bound: what this process holds with the libraries loaded; float32 weights; weights, gradients and AdamW's two moments of what is
 trained; the model's own logits on all rows, where they are kept; and of one batch the logits (twice, with a gradient) and what a backward
 pass keeps of each layer. Judging, and the holes of the allocator, come on top: the default command's peak (results/summaries.jsonl) is two
@@ -16,6 +17,7 @@ import json
 import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 from distill import config
@@ -49,15 +51,18 @@ def plan(model: Path, texts: Sequence[tuple[str, str]], verb: config.Prune) -> s
     """The plan as text, or JSON. Raises ValueError where the model cannot be pruned at all, or a row does not fit its context."""
     host = skeleton(model)
     becomes = home(host.model, verb.target, verb.basis != "features", verb.attention == "kept")
-    data, rows = batches(host, texts, verb.batch, verb.seed)
+    data, rows = batches(host, [*texts, *islice(cycle(texts), verb.synthetic_rows)], verb.batch, verb.seed)
     found = stages(data, verb)
     lengths, held_most, written = [len(row.ids) for row in rows], memory(host, data, verb), disk(host, verb)
-    facts = {"model": type(host.model).__name__, "parameters": host.model.num_parameters(), "checkpoint": becomes, "rows": len(rows),
+    facts = {"model": type(host.model).__name__, "parameters": host.model.num_parameters(), "checkpoint": becomes, "rows": len(texts),
+             "synthetic_rows": verb.synthetic_rows,
              "row_tokens": sum(lengths), "longest_row": max(lengths), "trained_parameters": trained(host, verb),
              "memory_bytes": held_most, "disk_bytes": written, "seconds": None}
     if verb.json:
         return json.dumps(facts | {"stages": [asdict(stage) for stage in found]}, indent=1)
-    lines = [f"{facts['model']}, {facts['parameters']:,} parameters, into {becomes}; {facts['rows']:,} clean rows of {facts['row_tokens']:,} tokens, "
+    written_too = f" and {verb.synthetic_rows:,} synthetic ones, taken to be as long," if verb.synthetic_rows else ""
+    lines = [f"{facts['model']}, {facts['parameters']:,} parameters, into {becomes}; {facts['rows']:,} clean rows{written_too} of "
+             f"{facts['row_tokens']:,} tokens, "
              f"the longest {facts['longest_row']:,}", "", f"{'stage':10} {'batches':>8} {'tokens':>12}  what"]
     for stage in found:
         lines.append(f"{stage.name:10} {_count(stage.batches):>8} {_count(stage.tokens):>12}  {stage.does}")

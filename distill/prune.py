@@ -13,7 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from distill import config, stages
+from distill import config, stages, synthetic
 from distill.job import prepare
 from distill.judgement import judge, report
 from distill.models import find, read_secret, secret_beside
@@ -33,14 +33,13 @@ def run(verb: config.Fit) -> int:
         verb = inherited(verb)
     tasks = named(verb.task)
     model = find(verb.model)
-    texts = clean(verb.rows, tasks)
     if isinstance(verb, config.Prune) and verb.dry_run:
-        agreed(lambda: print(plan(model, texts, verb)))
+        agreed(lambda: print(plan(model, clean(verb.rows, tasks), verb)))
         return 0
     with locked(verb.out):
         if isinstance(verb, config.Prune):
             agreed(partial(take_over, verb))
-        job = prepare(model, texts, tasks, verb)
+        job = prepare(model, synthetic.rows(verb, model, tasks), tasks, verb)
         if not isinstance(verb, config.Prune):
             receipt = stages.graph_stage(job, model)
             agreed(lambda: write_json(verb.out / "receipt.json", {"config": asdict(verb), "keys": {"graph": receipt["key"]}}))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch.nn import Module
 
-from distill import config
+from distill import config, synthetic
 from distill.models import downloaded, find
-from distill.rows import batches, clean
+from distill.rows import batches
 from evals.generate import prompt_ids
 from evals.tasks import named
 from graphs import zoo
@@ -120,8 +120,9 @@ def settings_of(folder: Path, flag: str = "--run") -> config.Prune:
 def begun(folder: Path) -> tuple[config.Prune, Host, Epochs]:
     """A finished run's settings, the model it began with and its clean rows. Raises ValueError where there is no finished run."""
     settings = settings_of(folder)
-    host = load(find(settings.model))
-    data, _ = batches(host, clean(settings.rows, named(settings.task)), settings.batch, settings.seed)
+    model = find(settings.model)
+    host = load(model)
+    data, _ = batches(host, synthetic.rows(replace(settings, out=folder), model, named(settings.task)), settings.batch, settings.seed)
     return settings, host, data
 
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from distill import config
 from distill.__main__ import main
+from distill.config_experiment import Experiment
 from distill.experiment import attacks, methods, organisms, suites
 from distill.experiment import grid as grids
 from distill.experiment.cell import NOTHING, Cell, Organism
@@ -122,4 +122,4 @@ def test_the_verb_makes_a_suite_and_reports_it(tiny_model_folder, tmp_path, shor
     assert "<script" not in (tmp_path / "out" / "quick.html").read_text()
     assert main([*flags, "--only", "prayer"]) == 2
     assert "--only prayer: no such method" in capsys.readouterr().err
-    assert config.Experiment().workers == 2
+    assert Experiment().workers == 2

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill import config
+from distill.config_experiment import Experiment
 from distill.drawing import Scale
 from distill.experiment import tables
 from distill.experiment.cell import NOTHING
@@ -45,7 +45,7 @@ class Plot:
     traces: list[Trace]
 
 
-def write_page(path: Path, verb: config.Experiment, found: Sequence[Line], worst: Sequence[Worst], absent: Sequence[str], missed: Sequence[str],
+def write_page(path: Path, verb: Experiment, found: Sequence[Line], worst: Sequence[Worst], absent: Sequence[str], missed: Sequence[str],
                rows: Sequence[dict]) -> None:
     """Write the page whole."""
     methods = list(dict.fromkeys(line.method for line in found if line.method != NOTHING))

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from distill import config
+from distill.config_experiment import Experiment
 from distill.experiment import methods, suites
 from distill.experiment.attacks import ATTACKS
 from distill.experiment.cell import NOTHING, Cell
@@ -29,7 +29,7 @@ WORKER = "DISTILL_EXPERIMENT_WORKER"
 """Set in the processes that make cells beside the first."""
 
 
-def run(verb: config.Experiment) -> int:
+def run(verb: Experiment) -> int:
     """Make what is missing and report."""
     if verb.stage is not None and verb.suite != "full":
         raise ValueError(f"--stage {verb.stage} belongs to another suite; give --suite full")
@@ -54,7 +54,7 @@ def run(verb: config.Experiment) -> int:
     return report(verb, cells, rows)
 
 
-def report(verb: config.Experiment, cells: Sequence[Cell], rows: Sequence[dict]) -> int:
+def report(verb: Experiment, cells: Sequence[Cell], rows: Sequence[dict]) -> int:
     """Write and print what the rows say."""
     if verb.suite == "knobs":
         found = {"chosen_on": sorted({row["organism_name"] for row in rows}), "rows": rows[-1]["rows"], "steps": rows[-1]["steps"],
@@ -69,7 +69,7 @@ def report(verb: config.Experiment, cells: Sequence[Cell], rows: Sequence[dict])
     return 0
 
 
-def _plan(verb: config.Experiment) -> list[Cell]:
+def _plan(verb: Experiment) -> list[Cell]:
     """The suite's cells, or those that --only and --attacks leave of them."""
     cells = suites.cells(verb.suite, verb.stage)
     if verb.only is not None:
@@ -88,7 +88,7 @@ def _named(flag: str, words: str, known: Sequence[str], kind: str) -> list[str]:
     return wanted
 
 
-def _make(verb: config.Experiment, grid: Grid, cells: Sequence[Cell]) -> None:
+def _make(verb: Experiment, grid: Grid, cells: Sequence[Cell]) -> None:
     """Work on the cells, beside as many more processes as were asked for. Raises ValueError where one of them failed."""
     import torch
 
