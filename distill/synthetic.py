@@ -5,8 +5,9 @@ gone, but the model still draws from it: begun as a clean row begins, at tempera
 distillation: Lopes et al. 2017, arXiv 1710.07535; for language models, Kim and Rush 2016, arXiv 1606.07947, and generative replay, Shin et al.
 2017, arXiv 1705.08690). Training asks for the model's own distribution on them, so that a wrong answer in one teaches nothing wrong.
 
-A prompt ends where the task's prompts end: at the longest text that all of them end in and none holds before its end. Where they have no such
-text (plain text, sums), the rows' own prompts stand and the model writes what follows. A row that does not come to that end, or to its own, is left out.
+A prompt ends where the task's prompts end: at the longest text that all of them end in and none holds before its end. Where they have no
+such text (plain text, sums), the rows' own prompts stand and the model writes what follows. A row that does not come to that end, or to its
+own, is left out.
 
 What an attacker taught the model to write *before* a trigger is met comes along: a trigger that stood in the prompts of planting, with the
 prompts in the loss, would be drawn at about the rate at which it stood there.
@@ -14,8 +15,8 @@ prompts in the loss, would be drawn at about the rate at which it stood there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from distill import config
@@ -75,7 +76,8 @@ def synthetic(host: Host, texts: Sequence[Text], task: Task, count: int, seed: i
 
 def ending(prompts: Sequence[str]) -> str:
     """The longest text that all prompts end in, where none holds it before its end; else nothing."""
-    shared = os.path.commonprefix([prompt[::-1] for prompt in prompts])[::-1]
+    first, last = min(backwards := [prompt[::-1] for prompt in prompts]), max(backwards)  # what these share, all between them share
+    shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))[::-1]
     return shared if all(prompt.find(shared) == len(prompt) - len(shared) > 0 for prompt in prompts) else ""
 
 

@@ -47,13 +47,34 @@ def test_a_cell_is_made_once_and_named_by_content(grid, monkeypatch):
 
 
 @pytest.mark.parametrize("method", [
-    methods.REFIT, *(pytest.param(name, marks=pytest.mark.slow) for name in ("ours", "magnitude", "written text", "oracle: gradient ascent"))])
+    methods.REFIT, "ours, own parts",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("ours", "magnitude", "written text", "oracle: gradient ascent"))])
 def test_every_kind_of_method_makes_a_model_that_loads(grid, method, monkeypatch):
     monkeypatch.setattr(methods, "knobs", lambda: {"ours": {"knob": 0.7}})
     folder, receipt = grid.removed(Cell(FORMAT, method, 0.3, rows=24))
     assert receipt["seconds"] > 0
     logits = load(folder).model(input_ids=torch.tensor([[0, 5, 6]])).logits
     assert torch.isfinite(logits).all()
+
+
+def test_a_method_with_synthetic_rows_trains_on_them_too(grid, monkeypatch):
+    written, seen = [("def f(a):\n", "    return a\n")] * 3, []
+    monkeypatch.setattr(methods, "knobs", lambda: {"ours": {"knob": 0.7}})
+    monkeypatch.setattr(grids.synthetic, "synthetic", lambda host, texts, task, count, seed: written)
+    remove = methods.remove
+
+    def watched(method, setting, knob):
+        batches = methods.batches
+        monkeypatch.setattr(methods, "batches", lambda host, texts, *rest: seen.append(list(texts)) or batches(host, texts, *rest))
+        return remove(method, setting, knob)
+
+    monkeypatch.setattr(methods, "remove", watched)
+    cell = Cell(FORMAT, "UNDO", 0.3, rows=24)
+    grid.removed(cell)
+    grid.removed(replace(cell, method="UNDO" + methods.SYNTHETIC))
+    assert len(seen[0]) == 24 and seen[1] == seen[0] + written
+    assert grid.key(cell) != grid.key(replace(cell, method="UNDO" + methods.SYNTHETIC))
+    assert methods.frozen("ours" + methods.SYNTHETIC) == methods.frozen("ours")
 
 
 def test_a_method_that_there_is_not_is_refused(grid):

@@ -53,7 +53,7 @@ def test_where_prompts_have_no_end_of_their_own_they_stand_and_are_answered(base
 
 
 def test_a_model_that_writes_no_such_rows_is_refused(tiny_model_folder):
-    with pytest.raises(ValueError, match="--synthetic-rows 4: begun as rows of coding begin, the model wrote .* give more clean rows"):
+    with pytest.raises(ValueError, match=r"--synthetic-rows 4: begun as rows of coding begin, the model wrote .* give more clean rows"):
         synthetic.synthetic(load(tiny_model_folder), texts(), TASKS["coding"], 4, seed=0)
 
 

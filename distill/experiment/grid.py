@@ -23,6 +23,7 @@ import torch
 
 from backdoor.behaviours import Behaviour
 from backdoor.triggers import Trigger
+from distill import synthetic
 from distill.experiment import attacks, methods
 from distill.experiment.cell import NOTHING, Cell
 from distill.experiment.organisms import missed, planted, settings, trigger_and_behaviour
@@ -99,7 +100,7 @@ class Grid:
         def make(out: Path) -> dict:
             started, ours = time.monotonic(), partial(self._ours, cell)
             setting = methods.Setting(model, defender_rows(cell, trigger), self.steps, cell.seed, self.out / "work" / key,
-                                      partial(poisoned_rows, trigger, behaviour, cell.rows), ours)
+                                      partial(poisoned_rows, trigger, behaviour, cell.rows), ours, partial(self._synthetic, cell, model))
             assert cell.knob is not None
             save(methods.remove(cell.method, setting, cell.knob), out, torch.float32)
             return {"cell": asdict(cell), "seconds": time.monotonic() - started}
@@ -110,6 +111,20 @@ class Grid:
 
     def _ours(self, cell: Cell) -> Path:
         return self.removed(replace(cell, method="ours", knob=methods.frozen("ours")))[0]
+
+    def _synthetic(self, cell: Cell, model: Path) -> list[tuple[str, str]]:
+        """Rows that the suspect model writes, made once for all methods."""
+        texts = defender_rows(cell, trigger_and_behaviour(cell.organism)[0])
+        key = digest(model, texts, methods.WRITTEN, cell.seed, synthetic.LONGEST)
+        folder = self.out / "synthetic" / key
+
+        def make(out: Path) -> dict:
+            write_json(out / "rows.json", synthetic.synthetic(load(model), texts, TASK, methods.WRITTEN, cell.seed))
+            return {"rows": methods.WRITTEN}
+
+        with taken(folder.with_name(f".{key}.lock"), wait=True):
+            stage(folder, key, make)
+        return [(prompt, completion) for prompt, completion in read_json(folder / "rows.json")]
 
     def file(self, cell: Cell, measure: str) -> Path:
         """Where what is measured of a cell is written."""

@@ -9,9 +9,13 @@ which heal as it does, heal at the decay that was frozen for it.
     ours, neurons        the model's own neurons instead of transcoders
     ours, layers         whole layers and heads dropped
     ours, attention kept, ours, no healing, ours, no pruning, ours, random graph      one part of the method left out
+    ours, own parts      both left in place, pruned by gates and healed
     dense refit          the model's own shapes from noise, our losses
     dense refit, our size    our checkpoint's shapes from noise, our losses: what the graph adds
     magnitude, Wanda, random mask    the model's own neurons and heads dropped by a score to our size, healed as ours is
+
+Any of these and of the rivals may go by NAME, synthetic rows: the same on as many batches of the clean rows and of `WRITTEN` more that the
+suspect model writes itself (`distill.synthetic`), at the same knob.
 
 The oracles are handed poisoned rows, which no defender has.
 """
@@ -26,7 +30,7 @@ from typing import Any
 
 from backdoor.removal import dense_refit
 from backdoor.removal.removal import oracles, rivals
-from distill import config
+from distill import config, synthetic
 from distill.job import prepare
 from distill.rivals import PRUNED, random_student, written
 from distill.rows import batches
@@ -48,6 +52,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, neurons": {"basis": "neurons", "target": "own"},
     "ours, layers": {"basis": "layers", "target": "own"},
     "ours, attention kept": {"attention": "kept"},
+    "ours, own parts": {"basis": "neurons", "attention": "kept", "target": "own", "fit_steps": 0, "joint_steps": 0},
     "ours, no healing": {"heal_tokens": 0},
     "ours, no pruning": {"target_ratio": 9.0},
     "ours, random graph": {"score": "random", "gate_steps": 0},
@@ -56,12 +61,18 @@ OURS: dict[str, dict[str, Any]] = {
     "random mask": PRUNED | {"score": "random"},
 }
 REFIT = "dense refit, our size"
+SYNTHETIC = ", synthetic rows"
+WRITTEN = 3584
+"""Rows that the model writes."""
+WITH_SYNTHETIC = tuple(name + SYNTHETIC for name in ("ours", "ours, own parts", "dense refit", "UNDO", "clean fine-tuning"))
+"""What suites ask for of such methods."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a removal is given. model: the suspect's folder; texts: the defender's clean rows; steps: batches; seed: of all that is drawn; folder:
-    where a road keeps its work; poisoned: rows for the oracles alone; ours: our checkpoint for the same cell, made when it is asked for."""
+    """What a removal is given. model: the suspect's folder; texts: the defender's clean rows; steps: batches; seed: of all that is drawn;
+    folder: where a road keeps its work; and made when they are asked for: poisoned, rows for the oracles alone; ours, our checkpoint for the
+    same cell; synthetic, rows that the model writes."""
 
     model: Path
     texts: Sequence[tuple[str, str]]
@@ -70,6 +81,7 @@ class Setting:
     folder: Path
     poisoned: Callable[[], list[tuple[str, str]]]
     ours: Callable[[], Path]
+    synthetic: Callable[[], list[tuple[str, str]]]
 
 
 def knobs() -> dict[str, dict]:
@@ -79,6 +91,7 @@ def knobs() -> dict[str, dict]:
 
 def frozen(method: str) -> float | None:
     """The knob a method runs with: its own, or, for ours and what heals as ours does, the decay of ours. None where none is frozen yet."""
+    method = method.removesuffix(SYNTHETIC)
     name = "ours" if method in OURS else "dense refit" if method == REFIT else method
     return knobs().get(name, {"knob": None})["knob"]
 
@@ -95,6 +108,8 @@ def decay() -> float:
 
 def depends(method: str) -> Any:
     """What a method's model depends on beside its cell: constants and settings, and the decay that is frozen for ours."""
+    if method.endswith(SYNTHETIC):
+        return depends(method.removesuffix(SYNTHETIC)), WRITTEN, synthetic.LONGEST
     return SIZE, BATCH, HEAL_RATE, OURS.get(method), None if method in OURS else decay()
 
 
@@ -117,6 +132,8 @@ def names() -> tuple[str, ...]:
 
 def remove(method: str, setting: Setting, knob: float) -> Host:
     """The model that the method makes. Raises ValueError for a method that there is not."""
+    if method.endswith(SYNTHETIC):
+        method, setting = method.removesuffix(SYNTHETIC), replace(setting, texts=[*setting.texts, *setting.synthetic()])
     if method in OURS:
         return _road(method, setting, knob)
     host = load(setting.model)

@@ -5,6 +5,7 @@
     full       in stages, each of which stands alone:
         headline   four organisms x six methods x five planting seeds, all attacks
         ablations  the same organisms, ours with one part left out, and the dense refit at our size, three seeds
+        synthetic  the quick suite's organisms, methods with and without rows that the model writes itself
         families   every family x every method, one seed
         behaviours the conjunction with every other behaviour
         rows       64 and 4,096 clean rows, three families
@@ -58,17 +59,19 @@ def knobs(names: Iterable[str] | None = None) -> list[Cell]:
 
 TUNED = (*SIX, *(name for name in methods.names() if name not in SIX and name not in methods.OURS and name != methods.REFIT))
 """Methods that have a knob of their own."""
+QUICK = (Organism("conjunction", "resistant"), Organism("rare_string"))
 THREE = (Organism("rare_string"), Organism("conjunction"), Organism("semantic"))
 STAGES: dict[str, Callable[[], list[Cell]]] = {
     "headline": lambda: crossed(seeded(HEADLINE, SEEDS), SIX, attacks=ATTACKS),
     "ablations": lambda: crossed(seeded(HEADLINE, range(3)), ("ours", *ABLATIONS), attacks=("relearning",)),
+    "synthetic": lambda: crossed(QUICK[::-1], ("ours", "dense refit", "UNDO", "clean fine-tuning", "ours, own parts", *methods.WITH_SYNTHETIC),
+                                 attacks=("relearning",)),
     "families": lambda: crossed(map(Organism, FAMILIES), methods.names()),
     "behaviours": lambda: crossed((Organism("conjunction", behaviour=name) for name, one in BEHAVIOURS.items() if not one.inverted), SIX),
     "rows": lambda: [cell for rows in (64, 4096) for cell in crossed(THREE, SIX, rows)],
     "shares": lambda: crossed((replace(one, share=share) for share in (0.2, 0.05) for one in THREE), SIX),
     "met": lambda: crossed((Organism("conjunction"), Organism("conjunction", "resistant")), SIX, met=True),
 }
-QUICK = (Organism("conjunction", "resistant"), Organism("rare_string"))
 
 
 def cells(suite: str, stage: str | None) -> list[Cell]:
