@@ -20,7 +20,7 @@ class Fit:
     """builtin:organism, builtin:organism-rare, builtin:twin, builtin:base, a model folder, or a hub id (owner/name)."""
     task: str = "coding"
     """One task or several (coding,math): coding, math, stories, or a file: humaneval:PATH, mbpp:PATH, gsm8k:PATH, svamp:PATH, jsonl:PATH
-    (prompt; answer or tests), text:PATH."""
+    (prompt; answer or tests), text:PATH; with gsm8k@MODEL:PATH (svamp, jsonl) questions are asked in MODEL's chat template."""
     out: Path = Path("runs/default")
     """Run folder."""
     rows: Path | None = None

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from evals.tasks.arithmetic import Arithmetic
+from evals.tasks.chat import asked
 from evals.tasks.coding import Coding
 from evals.tasks.files import KINDS, opened
 from evals.tasks.stories import Stories
@@ -14,7 +15,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (Coding(), Arithmetic(), S
 def named(names: str) -> list[Task]:
     """The tasks of a comma-separated list. Raises ValueError (one sentence) on an unknown name, or a file that cannot be read."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in wanted if name not in TASKS and name.partition(":")[0] not in KINDS]
+    unknown = [name for name in wanted if name not in TASKS and name.partition(":")[0].partition("@")[0] not in KINDS]
     if unknown or not wanted:
         raise ValueError(f"--task {names!r}: no such task; choose from {', '.join(TASKS)} (several: coding,math), or a file: "
                          f"{', '.join(f'{kind}:PATH' for kind in KINDS)}")
@@ -28,7 +29,8 @@ def _from_file(name: str) -> Task:
     kind, _, where = name.partition(":")
     if not where:
         raise ValueError(f"--task {name}: name a file after it, such as {kind}:rows.jsonl")
-    return opened(kind, where)
+    kind, _, model = kind.partition("@")
+    return asked(kind, model, where) if model else opened(kind, where)
 
 
 def dropped(kept: Sequence[Task]) -> list[Task]:
