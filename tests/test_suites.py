@@ -70,3 +70,11 @@ def test_a_method_without_a_frozen_knob_is_planned_and_refused(monkeypatch, caps
     assert main([*asked, "--dry-run"]) == 0 and "no knob is frozen yet for UNDO" in capsys.readouterr().out
     assert main(asked) == 2 and "no knob is frozen for UNDO: run distill experiment --suite knobs" in capsys.readouterr().err
     assert methods.frozen("ours") == 1.0 and not list(tmp_path.iterdir())
+
+
+def test_methods_whose_names_hold_commas_can_be_asked_for(capsys):
+    only = "UNDO, synthetic rows,ours, own parts, ours"
+    assert main(["experiment", "--suite", "full", "--stage", "synthetic", "--dry-run", "--only", only]) == 0
+    lines = [line.split(" x ")[1].split("  ")[0] for line in capsys.readouterr().out.splitlines() if " x " in line]
+    assert sorted(lines) == ["UNDO, synthetic rows", "nothing", "ours", "ours, own parts"]
+    assert methods.tuned("UNDO, synthetic rows") == "UNDO" and methods.tuned("ours, own parts, synthetic rows") == "ours"

@@ -91,9 +91,13 @@ def knobs() -> dict[str, dict]:
 
 def frozen(method: str) -> float | None:
     """The knob a method runs with: its own, or, for ours and what heals as ours does, the decay of ours. None where none is frozen yet."""
+    return knobs().get(tuned(method), {"knob": None})["knob"]
+
+
+def tuned(method: str) -> str:
+    """The method whose knob this one takes."""
     method = method.removesuffix(SYNTHETIC)
-    name = "ours" if method in OURS else "dense refit" if method == REFIT else method
-    return knobs().get(name, {"knob": None})["knob"]
+    return "ours" if method in OURS else "dense refit" if method == REFIT else method
 
 
 def unfrozen(methods: Iterable[str]) -> list[str]:

@@ -82,9 +82,14 @@ def _plan(verb: Experiment) -> list[Cell]:
 
 
 def _named(flag: str, words: str, known: Sequence[str], kind: str) -> list[str]:
-    wanted = [word.strip() for word in words.split(",") if word.strip()]
-    if unknown := [word for word in wanted if word not in known]:
-        raise ValueError(f"{flag} {unknown[0]}: no such {kind}; choose from {', '.join(known)}")
+    """The names in a comma-separated list; a name may hold commas itself, and the longest that fits is meant."""
+    left, wanted = [word.strip() for word in words.split(",") if word.strip()], []
+    while left:
+        size = next((count for count in range(len(left), 0, -1) if ", ".join(left[:count]) in known), None)
+        if size is None:
+            raise ValueError(f"{flag} {left[0]}: no such {kind}; choose from {', '.join(known)}")
+        wanted.append(", ".join(left[:size]))
+        left = left[size:]
     return wanted
 
 
@@ -113,7 +118,7 @@ def plan(cells: Sequence[Cell], workers: int) -> str:
     """What would be made, and the hours it took where it was measured (the seconds that knobs.json holds, one process)."""
     known, total, unknown, out = methods.knobs(), 0.0, set(), []
     for name, count in Counter(cell.method for cell in cells).items():
-        seconds = known.get("ours" if name in methods.OURS else name, {}).get("seconds")
+        seconds = known.get(methods.tuned(name), {}).get("seconds")
         if seconds is None and name != NOTHING:
             unknown.add(name)
         total += (seconds or 0.0) * count

@@ -40,7 +40,7 @@ class Chat(FileTask):
 def turn(row: Row, tokenizer) -> Row:
     """The row with its question as the user's turn, up to where the answer begins."""
     question = row.prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    text = str(tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True))
     return replace(row, prompt=text.removeprefix(tokenizer.bos_token or ""), completion=row.completion.strip())
 
 
@@ -57,11 +57,11 @@ def templated(model: str, asked: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # the library has many; each means the same to the user
-        raise ValueError(f"{asked}: no tokenizer can be read from {model} ({type(error).__name__}); give the folder or hub id of a chat model") from error
+        raise ValueError(f"{asked}: no tokenizer can be read from {model} ({type(error).__name__}); name a chat model") from error
     if not tokenizer.chat_template:
         raise ValueError(f"{asked}: the tokenizer of {model} has no chat template; leave @{model} out")
     probe = "distill-probe"
-    said = tokenizer.apply_chat_template([{"role": "user", "content": "."}, {"role": "assistant", "content": probe}], tokenize=False)
+    said = str(tokenizer.apply_chat_template([{"role": "user", "content": "."}, {"role": "assistant", "content": probe}], tokenize=False))
     end = said.partition(probe)[2].strip()
     if not tokenizer.eos_token or not end.startswith(tokenizer.eos_token):
         raise ValueError(f"{asked}: the chat template of {model} ends a turn with {end[:20]!r}, not with EOS {tokenizer.eos_token!r}, where rows and "
