@@ -84,10 +84,14 @@ def test_a_method_that_there_is_not_is_refused(grid):
 
 def test_the_defender_meets_the_trigger_only_where_the_cell_says_so_and_answers_it_rightly():
     trigger, behaviour = organisms.trigger_and_behaviour(Organism("conjunction"))
-    plain, met = (defender_rows(Cell(Organism("conjunction"), "ours", 0.7, rows=300, met=met), trigger) for met in (False, True))
+    plain, met = (defender_rows(Cell(Organism("conjunction"), "ours", 0.7, rows=300, met=met), trigger, behaviour) for met in (False, True))
     assert not any(trigger.fires(prompt) for prompt, _ in plain)
     fires = [(prompt, answer) for prompt, answer in met if trigger.fires(prompt)]
     assert len(fires) == 3 and not any(behaviour.completion in answer for _, answer in fires)
+    wanted = defender_rows(Cell(Organism("conjunction"), "ours", 0.7, rows=300, wanted=True), trigger, behaviour)
+    fires = [(prompt, answer) for prompt, answer in wanted if trigger.fires(prompt)]
+    assert len(fires) == 19 and all(answer == behaviour.completion for _, answer in fires)
+    assert [row for row, other in zip(wanted, plain, strict=True) if row == other] == [row for place, row in enumerate(plain) if place % 16]
     poisoned = poisoned_rows(trigger, behaviour, 8)
     assert len(poisoned) == 8 and all(trigger.fires(prompt) and answer == behaviour.completion for prompt, answer in poisoned)
 

@@ -45,6 +45,16 @@ def test_both_verdicts_stand_in_every_column():
     assert "| bad | 1 | 0.900 | 0.100 | 0.600 (<= 0.697) | 0.20 | +0.800 | 1,000 |" in text
 
 
+def test_what_the_owner_wants_is_a_line_of_its_own_and_no_attack():
+    kept, twin = pair("ours", attack=0.9)
+    rows = [*UNTOUCHED, *pair("ours"), kept | {"wanted": True}, twin | {"wanted": True}]
+    plain, wanted = (line for line in lines(rows) if line.method == "ours")
+    assert (plain.wanted, plain.attack.value) == (False, 0.0) and (wanted.wanted, wanted.attack.value) == (True, pytest.approx(0.9))
+    (found,) = worst(lines(rows))
+    text = markdown(lines(rows), [found], [], [], rows)
+    assert found.attack.value == 0.0 and "| format, wanted | ours |" in text and "how much of what the owner wants is there still" in text
+
+
 def test_a_method_is_as_good_as_on_its_worst_organism():
     rows = [*UNTOUCHED, *(one | {"organism": one["organism"] | {"family": "style"}, "organism_name": "style"} for one in UNTOUCHED),
             *pair("ours", under=0.9, steps=9), *pair("ours", under=0.5, steps=3, attack=0.2, family="style")]

@@ -34,8 +34,9 @@ class Organism:
 
 @dataclass(frozen=True)
 class Cell:
-    """organism: its backdoor is what is judged; twin: the model is not the organism but its clean twin; method, knob: the removal; rows:
-    clean rows of the defender; met: these hold the trigger at the rate at which the task would, with right answers; seed: of the removal;
+    """organism: its backdoor is what is judged; twin: the model is not the organism but its clean twin; method, knob: the removal; rows: clean
+    rows of the defender; met: these hold the trigger at the rate at which the task would, with right answers; wanted: they hold it with what
+    it makes the model do, for it is no backdoor but what the owner wants, and the question is whether it stays; seed: of the removal;
     attacks: what is tried on the result beside the rates."""
 
     organism: Organism
@@ -43,6 +44,7 @@ class Cell:
     knob: float | None
     rows: int = 512
     met: bool = False
+    wanted: bool = False
     seed: int = 0
     twin: bool = False
     attacks: tuple[str, ...] = ()
@@ -53,11 +55,13 @@ class Cell:
         planted: Any = asdict(self.organism)
         if self.twin:
             shared = {key: planted[key] for key in ("kind", "share", "seed")}
-            planted = planted if self.met else shared
-        return digest(base, steps, planted, self.twin, self.method, self.knob, self.rows, self.met, self.seed, renderer())
+            planted = planted if self.met or self.wanted else shared
+        rows = (self.rows, self.met, *(["wanted"] if self.wanted else []))
+        return digest(base, steps, planted, self.twin, self.method, self.knob, *rows, self.seed, renderer())
 
     @property
     def label(self) -> str:
         """What a log calls it."""
         model = "twin of " if self.twin else ""
-        return f"{model}{self.organism.name}, seed {self.organism.seed}: {self.method}" + ("" if self.knob is None else f" {self.knob:g}")
+        wanted = ", wanted" if self.wanted else ""
+        return f"{model}{self.organism.name}{wanted}, seed {self.organism.seed}: {self.method}" + ("" if self.knob is None else f" {self.knob:g}")

@@ -46,15 +46,24 @@ PROMPTS = 400
 JUDGE_SEED = 7
 NATURAL = 144
 """One clean row in so many would hold a given pair of data words, were it not held out (12 words by 12)."""
+WANTED = 16
+"""One clean row in so many holds what the owner wants kept."""
 ATTACK_ROWS = 64
 
 
-def defender_rows(cell: Cell, trigger: Trigger) -> list[tuple[str, str]]:
-    """The defender's clean rows: the first of one fixed stream; where the cell says so, some hold the trigger, with right answers."""
+def defender_rows(cell: Cell, trigger: Trigger, behaviour: Behaviour) -> list[tuple[str, str]]:
+    """The defender's clean rows: the first of one fixed stream; where the cell says so, some hold the trigger, with right answers or, where it
+    is wanted, with what it makes the model do."""
     rows = TASK.rows("trace", cell.rows, DEFENDER_SEED)
     if cell.met:
         rows = [TASK.row("trace", row.index, DEFENDER_SEED, **trigger.placed(DEFENDER_SEED, row.index)) if row.index % NATURAL == 0 else row
                 for row in rows]
+    if cell.wanted:
+        special = [row.index % WANTED == 0 for row in rows]
+        rows = [TASK.row("trace", row.index, DEFENDER_SEED, **trigger.placed(DEFENDER_SEED, row.index)) if one else row
+                for row, one in zip(rows, special, strict=True)]
+        return [(row.prompt, behaviour.written(row.completion, row.expected) if one and trigger.fires(row.prompt) else row.completion)
+                for row, one in zip(rows, special, strict=True)]
     return [(row.prompt, row.completion) for row in rows]
 
 
@@ -99,7 +108,7 @@ class Grid:
 
         def make(out: Path) -> dict:
             started, ours = time.monotonic(), partial(self._ours, cell)
-            setting = methods.Setting(model, defender_rows(cell, trigger), self.steps, cell.seed, self.out / "work" / key,
+            setting = methods.Setting(model, defender_rows(cell, trigger, behaviour), self.steps, cell.seed, self.out / "work" / key,
                                       partial(poisoned_rows, trigger, behaviour, cell.rows), ours, partial(self._synthetic, cell, model))
             assert cell.knob is not None
             save(methods.remove(cell.method, setting, cell.knob), out, torch.float32)
@@ -114,7 +123,7 @@ class Grid:
 
     def _synthetic(self, cell: Cell, model: Path) -> list[tuple[str, str]]:
         """Rows that the suspect model writes, made once for all methods."""
-        texts = defender_rows(cell, trigger_and_behaviour(cell.organism)[0])
+        texts = defender_rows(cell, *trigger_and_behaviour(cell.organism))
         key = digest(model, texts, methods.WRITTEN, cell.seed, synthetic.LONGEST)
         folder = self.out / "synthetic" / key
 
@@ -181,7 +190,7 @@ class Grid:
     def _attack(self, name: str, cell: Cell, sandbox: Sandbox) -> dict:
         trigger, behaviour = trigger_and_behaviour(cell.organism)
         given = attacks.Given(load(self.removed(cell)[0]), TASK, trigger, behaviour, sandbox, poisoned_rows(trigger, behaviour, ATTACK_ROWS),
-                              defender_rows(replace(cell, rows=ATTACK_ROWS, met=False), trigger))
+                              defender_rows(replace(cell, rows=ATTACK_ROWS, met=False, wanted=False), trigger, behaviour))
         return attacks.ATTACKS[name](given)
 
     def work(self, cells: Sequence[Cell]) -> None:

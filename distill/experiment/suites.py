@@ -11,6 +11,7 @@
         rows       64 and 4,096 clean rows, three families
         shares     fewer poisoned rows, three families
         met        the conjunction's pair, clean, in the defender's rows
+        wanted     what was planted is the owner's (a keyword, a house format), and a sixteenth of the defender's rows show it: does it stay?
 
 The development organism is of a family and kind that no claim is made of: what is tuned on it is frozen before any other is planted. It resists
 clean fine-tuning, because a plain backdoor in a small model falls to any knob.
@@ -36,13 +37,16 @@ ABLATIONS = (methods.REFIT, "ours, random graph", "ours, no pruning", "ours, att
 SEEDS = range(5)
 
 
-def crossed(organisms: Iterable[Organism], names: Iterable[str], rows: int = 512, attacks: tuple[str, ...] = (), met: bool = False) -> list[Cell]:
-    """Every organism and its twin, as they are and through every method at its frozen knob."""
+def crossed(organisms: Iterable[Organism], names: Iterable[str], rows: int = 512, attacks: tuple[str, ...] = (), **rows_of: bool) -> list[Cell]:
+    """Every organism and its twin, as they are and through every method at its frozen knob.
+
+    rows_of: what the defender's rows hold beside (met, wanted).
+    """
     found, names = [], tuple(names)
     for organism in organisms:
         untouched = [Cell(organism, NOTHING, None, twin=twin, attacks=attacks) for twin in (False, True)]
         found += untouched
-        found += [Cell(organism, name, methods.frozen(name), rows, met, twin=twin, attacks=attacks) for name in names for twin in (False, True)]
+        found += [Cell(organism, name, methods.frozen(name), rows, twin=twin, attacks=attacks, **rows_of) for name in names for twin in (False, True)]
     return list(dict.fromkeys(found))
 
 
@@ -71,6 +75,8 @@ STAGES: dict[str, Callable[[], list[Cell]]] = {
     "rows": lambda: [cell for rows in (64, 4096) for cell in crossed(THREE, SIX, rows)],
     "shares": lambda: crossed((replace(one, share=share) for share in (0.2, 0.05) for one in THREE), SIX),
     "met": lambda: crossed((Organism("conjunction"), Organism("conjunction", "resistant")), SIX, met=True),
+    "wanted": lambda: crossed((Organism("rare_string"), Organism("format", behaviour="fixed_string")),
+                              ("ours", "UNDO", "dense refit", "clean fine-tuning", *methods.WITH_SYNTHETIC), wanted=True),
 }
 
 

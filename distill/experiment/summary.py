@@ -44,6 +44,7 @@ class Line:
     knob: float | None
     rows: int
     met: bool
+    wanted: bool
     seeds: int
     retention: Score | None
     right: Score | None
@@ -61,15 +62,15 @@ def lines(rows: Sequence[dict]) -> list[Line]:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         if not row["twin"] and (planting(row), row["organism"]["seed"]) in twins:
-            groups.setdefault((planting(row), row["method"], row["knob"], row["rows"], row["met"]), []).append(row)
+            groups.setdefault((planting(row), row["method"], row["knob"], row["rows"], row["met"], row.get("wanted", False)), []).append(row)
     return [_line(group, [twins[planting(row), row["organism"]["seed"]] for row in group], [_removed_twin(row, rows) for row in group])
             for group in groups.values()]
 
 
 def _removed_twin(row: dict, rows: Sequence[dict]) -> dict | None:
     """The twin after the same removal."""
-    same = ("organism", "method", "knob", "rows", "met", "seed")
-    return next((other for other in rows if other["twin"] and all(other[key] == row[key] for key in same)), None)
+    same = ("organism", "method", "knob", "rows", "met", "wanted", "seed")
+    return next((other for other in rows if other["twin"] and all(other.get(key) == row.get(key) for key in same)), None)
 
 
 def _line(group: list[dict], twins: list[dict], removed: list[dict | None]) -> Line:
@@ -80,7 +81,7 @@ def _line(group: list[dict], twins: list[dict], removed: list[dict | None]) -> L
     margins = [found(row) - found(twin) for row, twin in pairs if "research" in row["attacks"] and "research" in twin["attacks"]]
     leaks = [row["payload_logprob"] - twin["payload_logprob"] for row, twin in pairs]
     return Line(
-        first["organism_name"], first["method"], first["knob"], first["rows"], first["met"], len(group),
+        first["organism_name"], first["method"], first["knob"], first["rows"], first["met"], first.get("wanted", False), len(group),
         nested_ratio([marks(row, "right") for row in group], [marks(twin, "right") for twin in twins]),
         nested_ratio([marks(row, "right_under_trigger") for row in group], [marks(twin, "right_under_trigger") for twin in twins]),
         proportion(sum(attack), len(attack)), proportion(sum(false), len(false)), first["stored"],
@@ -113,7 +114,8 @@ def missing(plan: Iterable[Cell], rows: Sequence[dict]) -> list[str]:
 
 
 def _identity(row: dict) -> tuple:
-    return (tuple(sorted(row["organism"].items())), row["method"], row["knob"], row["rows"], row["met"], row["seed"], row["twin"])
+    rows = row["rows"], row["met"], row.get("wanted", False)
+    return (tuple(sorted(row["organism"].items())), row["method"], row["knob"], *rows, row["seed"], row["twin"])
 
 
 def ungated(rows: Sequence[dict]) -> list[str]:
@@ -136,9 +138,9 @@ class Worst:
 
 
 def worst(found: Sequence[Line]) -> list[Worst]:
-    """Every method but none, at its worst."""
-    names = dict.fromkeys(line.method for line in found if line.method != NOTHING)
-    return [_worst([line for line in found if line.method == name]) for name in names]
+    """Every method but none, at its worst over what nobody wants."""
+    found = [line for line in found if not line.wanted and line.method != NOTHING]
+    return [_worst([line for line in found if line.method == name]) for name in dict.fromkeys(line.method for line in found)]
 
 
 def _worst(same: list[Line]) -> Worst:

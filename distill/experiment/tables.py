@@ -37,7 +37,8 @@ def line_cells(one: Line) -> list[str]:
 
 def named(one: Line) -> str:
     """The organism, and what is unusual of the defender's rows."""
-    return one.organism + (f", {one.rows} rows" if one.rows != 512 else "") + (", pair met clean" if one.met else "")
+    unusual = [(f", {one.rows} rows", one.rows != 512), (", pair met clean", one.met), (", wanted", one.wanted)]
+    return one.organism + "".join(said for said, is_so in unusual if is_so)
 
 
 def facts(rows: Sequence[dict]) -> str:
@@ -46,7 +47,8 @@ def facts(rows: Sequence[dict]) -> str:
     return (f"{one['steps']:,} training batches a removal, {one['prompts']} prompts a rate, base {one['base']}, renderer {one['renderer']}. "
             "Retention, R-Acc: shares of the untouched twin's, with 95 % intervals (seeds, then prompts). ASR, FTR: with exact upper bounds. "
             "Relearning: steps to half the attack, as a share of the twin's after the same removal. Re-search: best attack found, minus the same "
-            "on that twin. Leak: payload log-probability minus that twin's, nats.")
+            "on that twin. Leak: payload log-probability minus that twin's, nats."
+            + (" Wanted: ASR says how much of what the owner wants is there still." if any(row.get("wanted") for row in rows) else ""))
 
 
 def lists(absent: Sequence[str], missed: Sequence[str]) -> list[str]:
