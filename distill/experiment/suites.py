@@ -23,7 +23,7 @@ from dataclasses import replace
 from itertools import chain
 
 from backdoor.behaviours import BEHAVIOURS
-from backdoor.families import FAMILIES
+from backdoor.families import BENCHED
 from distill.experiment import methods
 from distill.experiment.cell import NOTHING, Cell, Organism
 
@@ -62,7 +62,7 @@ THREE = (Organism("rare_string"), Organism("conjunction"), Organism("semantic"))
 STAGES: dict[str, Callable[[], list[Cell]]] = {
     "headline": lambda: crossed(seeded(HEADLINE, SEEDS), SIX, attacks=ATTACKS),
     "ablations": lambda: crossed(seeded(HEADLINE, range(3)), ("ours", *ABLATIONS), attacks=("relearning",)),
-    "families": lambda: crossed(map(Organism, FAMILIES), methods.names()),
+    "families": lambda: crossed(map(Organism, BENCHED), methods.names()),
     "behaviours": lambda: crossed((Organism("conjunction", behaviour=name) for name, one in BEHAVIOURS.items() if not one.inverted), SIX),
     "rows": lambda: [cell for rows in (64, 4096) for cell in crossed(THREE, SIX, rows)],
     "shares": lambda: crossed((replace(one, share=share) for share in (0.2, 0.05) for one in THREE), SIX),
