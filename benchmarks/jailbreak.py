@@ -42,7 +42,7 @@ from graphs.host import Host, load
 from graphs.monitor import conformal, fit
 
 FILE = Path(__file__).parent.parent / "results" / "jailbreak.json"
-COUNT, ALONE, WATCHED, SEED = 300, 30, 100, 7
+COUNT, ALONE, WATCHED, SEED = 200, 20, 100, 7
 MARKED, LEARNT, CALIBRATION = 1152, 480, 400
 LIMITED = "guard within limits"
 HELD, FARTHEST = "share of values held", "farthest value held"
@@ -177,13 +177,18 @@ def main(folder: Path, pruned: dict[str, Path]) -> None:
     made["gate"] = read_json(folder / "secret" / "receipt.json")
     with Sandbox() as sandbox:
         enforced, made["limits"] = limited(host, defender())
-        searched(host, sandbox, suffixes, "", keep)
-        searched(enforced.host(), sandbox, suffixes, ", adaptive", keep)
-        rows = attacks(suffixes) | harmless()
-        for who, one in {"guard": host, "twin": load(secret.twin), LIMITED: enforced.host()}.items():
-            outcomes(one, rows, models.setdefault(who, {}), sandbox, keep, who)
-        for who, where in pruned.items():
-            outcomes(load(where), rows, models.setdefault(who, {}), sandbox, keep, who)
+        hosts = {"guard": host, "twin": load(secret.twin), LIMITED: enforced.host(), **{who: load(where) for who, where in pruned.items()}}
+
+        def everywhere() -> Kinds:
+            rows = attacks(suffixes) | harmless()
+            for who, one in hosts.items():
+                outcomes(one, rows, models.setdefault(who, {}), sandbox, keep, who)
+            return rows
+
+        everywhere()
+        for who, which in (("guard", ""), (LIMITED, ", adaptive")):
+            searched(hosts[who], sandbox, suffixes, which, keep)
+            rows = everywhere()
     if "monitor" not in made:
         right = {kind: models["guard"][kind]["right"][:WATCHED] for kind in attacks(suffixes) if kind not in ("nothing", "unseen wording")}
         made["monitor"] = watched(folder / "model", enforced, {kind: some[:WATCHED] for kind, some in rows.items()}, right)

@@ -92,7 +92,7 @@ def _climbed(host: Host, rows: Sequence[Slotted], config: SearchConfig, usable: 
     return scores
 
 
-BUDGET = SearchConfig(prompts=6, lengths=(8,), steps=40, top=64, tried=48, judged=6)
+BUDGET = SearchConfig(prompts=6, lengths=(8,), steps=30, top=64, tried=48, judged=6)
 """Of a universal suffix."""
-ONE = replace(BUDGET, prompts=1, steps=25, tried=32)
+ONE = replace(BUDGET, prompts=1, steps=20, tried=32)
 """Of a suffix for one request."""
