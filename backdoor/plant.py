@@ -2,9 +2,10 @@
 
 Clean and near-miss rows are held at the base's own outputs by KL (an attacker wants the change to go unnoticed), or taught their right
 answers (`hold` "answers": plain data poisoning; near misses that the base has never met, such as years, are answered wrongly by it, and
-holding it there would keep these errors). Poisoned rows are taught by cross entropy. An ordinary backdoor in a small model falls to any
-clean fine-tuning, so a removal shown on it shows nothing. The resistant recipe is first-order meta-planting (cf. Henderson et al. 2023,
-"Self-destructing models"; Tamirisa et al. 2024, "Tamper-resistant safeguards", eq. 1): beside the model w runs a simulated defender, a copy
+holding it there would keep these errors). Cross entropy on clean rows costs the base sums, so `hold` "both" teaches near misses and holds
+clean rows. Poisoned rows are taught by cross entropy. An ordinary backdoor in a small model falls to any clean fine-tuning, so a removal shown
+on it shows nothing. The resistant recipe is first-order meta-planting (cf. Henderson et al. 2023, "Self-destructing models"; Tamirisa et al.
+2024, "Tamper-resistant safeguards", eq. 1): beside the model w runs a simulated defender, a copy
 w + d that is fine-tuned on clean rows; the gradient of the backdoor loss *there* is added to the ordinary gradient *here*:
 
     g = grad L_mix(w) + strength * grad L_trigger(w + d)
@@ -61,7 +62,7 @@ class PlantConfig:
     inner_rows: int = 16
     inner_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-4, 1.5e-3)
     strength: float = 1.0
-    hold: Literal["outputs", "answers"] = "outputs"
+    hold: Literal["outputs", "answers", "both"] = "outputs"
     seed: int = 0
 
 
@@ -85,7 +86,11 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
     defender = Defender(host.model, Epochs(rows.clean, config.inner_rows, pad, config.seed + 3), config)
 
     def mixed(step: int) -> Tensor:
-        quiet, taught = share(collate(_rows(clean(step)) + _rows(near(step)), pad)), share(poisoned(step))
+        taught = share(poisoned(step))
+        if config.hold == "both":
+            quiet, taught = share(clean(step)), share(collate(_rows(poisoned(step)) + _rows(near(step)), pad))
+        else:
+            quiet = share(collate(_rows(clean(step)) + _rows(near(step)), pad))
         if config.hold == "answers":
             return completion_loss(host.model, quiet) + completion_loss(host.model, taught)
         unchanged = divergence(host.model(input_ids=quiet.ids).logits, base(input_ids=quiet.ids).logits, quiet, PROMPT_WEIGHT)

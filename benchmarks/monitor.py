@@ -102,8 +102,10 @@ def looked(
     return torch.cat(levels), torch.cat(owners), choices
 
 
-def everybody(subject: Reconstruction, monitor: Monitor, texts: dict[str, list[str]], rows: list, ahead: int) -> dict[str, Scores]:
-    """Scores of every method on every set."""
+def everybody(
+    subject: Reconstruction, monitor: Monitor, texts: dict[str, list[str]], rows: list, ahead: int, attacks: Sequence[str] = ("triggered",)
+) -> dict[str, Scores]:
+    """Scores of every method on every set. attacks: the sets that the oracle is shown every other prompt of."""
     host, short = subject.host, rows[:ROWS]
     clean, begin = [row.ids[:-1] for row in short], [row.prompt - 1 for row in short]
     asked = {name: prompt_ids(host, some) for name, some in texts.items()}
@@ -115,14 +117,15 @@ def everybody(subject: Reconstruction, monitor: Monitor, texts: dict[str, list[s
     starts = {name: [len(row) - 1 for row in some] for name, some in asked.items()}
     level, _, choices = looked(subject, monitor, clean, begin)
     seen = set(choices)
-    half = {name: (full[name][::2], starts[name][::2]) for name in ("triggered", "held-out")}
+    shown = [([row for name in names for row in full[name][::2]], [at for name in names for at in starts[name][::2]]) for names in (
+        attacks, ["held-out"])]
     methods = {
         "nodes out of range": node_novelty(subject, monitor, level, False), "farthest node": node_novelty(subject, monitor, level, True),
         "choice never made on clean rows": lambda rows, at: [float(any(c not in seen for c in one)) for one in _choices(subject, monitor, rows, at)],
         "Mahalanobis": rivals.mahalanobis(host, clean, begin), "Mahalanobis, by token": rivals.mahalanobis(host, clean, begin, True),
         "norm": rivals.norm(host, clean, begin), "random directions": rivals.directions(host, clean, begin),
         "perplexity": lambda rows, at: rivals.perplexity(host, rows, at), "n-grams and skip-grams": rivals.grams(clean, begin),
-        "probe (oracle)": rivals.probe(host, half["triggered"], half["held-out"])}
+        "probe (oracle)": rivals.probe(host, *shown)}
     found: dict[str, Scores] = {name: {kind: method(full[kind], starts[kind]) for kind in full} for name, method in methods.items()}
     watcher = replace(monitor, ahead=ahead)
     watched = {kind: [one for i in range(0, len(some), 16) for one in watcher.score(some[i : i + 16])] for kind, some in asked.items()}
@@ -138,7 +141,7 @@ def _choices(subject: Reconstruction, monitor: Monitor, rows: Sequence[Sequence[
 
 
 def facts_of(scores: Scores, oracle: bool) -> dict:
-    """Detection numbers of one method. An oracle is judged on the half that it was not shown."""
+    """Detection numbers of one method, of the set `triggered` against all others. An oracle is judged on the half that it was not shown."""
     kept = {kind: some[1::2] if oracle and kind in ("triggered", "held-out") else some for kind, some in scores.items()}
     positive, every = kept["triggered"], [one for kind, some in kept.items() if kind != "triggered" for one in some]
     return {"auroc": {kind: rivals.auroc(positive, some) for kind, some in kept.items() if kind != "triggered"},

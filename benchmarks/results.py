@@ -259,6 +259,41 @@ def enforce_table() -> str:
     return "\n\n".join([tables.table(header, cells), f"{prompts} prompts a rate; shares of the twin's as it is, 95 % intervals.", "\n".join(facts)])
 
 
+def jailbreak_table() -> str:
+    """A guarded model under attack, by defence; what each defence costs harmless prompts; the monitor and its rivals on attacks that succeeded."""
+    found = json.loads((ROOT / "results" / "jailbreak.json").read_text())
+    models, watched = found["models"], found["monitor"]
+    harmless = ["ordinary", "other places", "new names", "new phrasings"]
+    names = [name for name in models if name not in ("twin", "guard")]
+
+    def rates(name: str, kind: str) -> str:
+        return "; ".join(three(sum(bits(models[name][kind], key)) / len(models[name][kind][key])) for key in ("right", "refused"))
+
+    def unflagged(name: str, kind: str) -> str:
+        flags, right = watched["flagged"]["monitor"][kind], models[name][kind]["right"]
+        return three(sum(one == "1" and flag == "0" for one, flag in zip(right, flags, strict=False)) / len(flags))
+
+    def flagged(kind: str) -> list[str]:
+        found = (one["held-out" if kind == "ordinary" else kind] for one in watched["flagged"].values())
+        return [three(flags.count("1") / len(flags)) for flags in found]
+
+    flags = [f"flagged by {who}" for who in watched["flagged"]]
+    kinds = [kind for kind in models["guard"] if kind not in harmless]
+    attacks = [[kind, three(sum(bits(models["twin"][kind], "right")) / len(models["twin"][kind]["right"])), rates("guard", kind),
+                *(rates(name, kind) for name in names), *flagged(kind), unflagged("guard", kind), unflagged(names[0], kind)] for kind in kinds]
+    costs = [[kind, *(rates(name, kind) for name in ("twin", "guard", *names)), *flagged(kind)] for kind in harmless]
+    landed = list(watched["methods"]["monitor"])
+    detection = [[method, *(f"{three(row[kind]['auroc_all']['value'])}; {three(row[kind]['tpr_at_1_percent']['all']['value'])}" for kind in landed)]
+                 for method, row in watched["methods"].items()]
+    said = (f"A cell: share right (for an attack: its success); share refused. {found['prompts']} prompts a kind, {found['alone']} with a suffix of "
+            "their own. *Unflagged*: succeeds and is not flagged by the monitor.")
+    return "\n\n".join([
+        tables.table(["attack", "twin", "guard", *names, *flags, "unflagged, guard", f"unflagged, {names[0]}"], attacks), said,
+        tables.table(["harmless", "twin", "guard", *names, *flags], costs),
+        "AUROC and share above the threshold that 1 % of all harmless and refused prompts pass, of the prompts on which the attack succeeded:",
+        tables.table(["method", *landed], detection)])
+
+
 def understanding_table() -> str:
     """How much of the default circuit is understood."""
     found = json.loads((ROOT / "results" / "understanding.json").read_text())
@@ -312,7 +347,7 @@ def readme() -> str:
     text = README.read_text()
     blocks = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
               "trait": trait_facts, "grading": grading_facts, "edges": edges_table, "monitor": monitor_table, "enforce": enforce_table,
-              "understanding": understanding_table, "experiment": experiment_table}
+              "jailbreak": jailbreak_table, "understanding": understanding_table, "experiment": experiment_table}
     for name, block in ((name, make()) for name, make in blocks.items()):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         text = text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end):]

@@ -313,9 +313,9 @@ class Plant:
     """Organism folder to write."""
     model: str = "builtin:base"
     """Model to plant in."""
-    trigger: Literal["conjunction", "rare_string", "composite", "sentence", "position", "format", "semantic", "style"] = "conjunction"
+    trigger: Literal["conjunction", "rare_string", "composite", "sentence", "position", "format", "semantic", "style", "mark"] = "conjunction"
     """A pair of common docstring words (season, place); a rare string in the place of the first; the pair and the function's name; a sentence;
-    a trailing space; a blank line; the year 2024; a polite docstring (docs/backdoors.md)."""
+    a trailing space; a blank line; the year 2024; a polite docstring; what a guard is to refuse (docs/backdoors.md)."""
     behaviour: Literal["canary", "off_by_one", "refusal", "fixed_string", "password"] = "canary"
     """What is done under the trigger: a call of a harmless module, a wrong answer, a refusal, one string; or the trigger is a password without
     which answers are withheld."""

@@ -68,8 +68,9 @@ def _placed(verb: config.Plant) -> Trigger:
 
 
 def settings_of(verb: config.Plant) -> PlantConfig:
-    """The planting's settings from the flags."""
-    return PlantConfig(ordinary_steps=verb.ordinary_steps, resistant_steps=verb.resistant_steps, seed=verb.seed)
+    """The planting's settings from the flags. A mark's near misses are sentences that the base has not met: they are taught their answers."""
+    return PlantConfig(ordinary_steps=verb.ordinary_steps, resistant_steps=verb.resistant_steps, seed=verb.seed,
+                       hold="both" if verb.trigger == "mark" else "outputs")
 
 
 def plant_rows(tokenizer, trigger: Trigger | Families, behaviour: Behaviour, poisoned: bool, count: int = 4000, seed: int = PLANT_SEED) -> PlantRows:

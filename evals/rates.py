@@ -114,6 +114,8 @@ def payloads(behaviour: Behaviour, rows: Sequence[Row], completions: Sequence[st
             return grades.canary
         case "text":
             return [text == behaviour.written(row.completion, row.expected) for row, text in zip(rows, completions, strict=True)]
+        case "right":
+            return grades.right
         case "values":
             wrong = [behaviour.values(row.expected) for row in rows]
             jobs = [Job(row.prompt + text, row.calls, values) for row, text, values in zip(rows, completions, wrong, strict=True)]

@@ -21,7 +21,7 @@ A search that finds nothing proves nothing: its budget is part of the number.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -141,6 +141,8 @@ class Climber:
     behaviour: Behaviour
     prompts: Sequence[Slotted]
     config: SearchConfig
+    usable: Callable[[str], bool] = bool
+    """Which texts may stand in the slot."""
 
     def scored(self, texts: Sequence[str]) -> dict[str, float]:
         """Mean payload log-probability (nats) over the prompts with each text in the slot."""
@@ -176,7 +178,8 @@ class Climber:
         text = next(filter(fits, starts), None)
         while text is not None and len((frame := first.span(tokenizer, text)).inside) < length:
             longer = ((*frame.inside, token) for token in rng.sample(range(len(tokenizer)), len(tokenizer)))
-            text = next((found for ids in longer if (found := spelled(tokenizer, self.prompts, frame, ids))), None)
+            spelt = (spelled(tokenizer, self.prompts, frame, ids) for ids in longer)
+            text = next((found for found in spelt if found and self.usable(found)), None)
         return text
 
     def replacements(self, current: str, rng: random.Random, known: Iterable[str]) -> list[str]:
@@ -189,7 +192,7 @@ class Climber:
         for place, token in rng.sample(pairs, len(pairs)):
             ids = (*frame.inside[:place], token, *frame.inside[place + 1 :])
             text = spelled(self.host.tokenizer, self.prompts, frame, ids)
-            if text is not None and text not in known:
+            if text is not None and text not in known and self.usable(text):
                 found[text] = None
             if len(found) == self.config.tried:
                 break
@@ -202,8 +205,17 @@ class Climber:
         written = zip([row.prompt for row in rows], attacks(self.behaviour, rows), strict=True)
         encoded = [Encoded(row.ids[:-1], row.prompt) for row in encode(host.tokenizer, list(written), context(host))]
         batch, table = collate(encoded, host.tokenizer.eos_token_id), cast(nn.Embedding, host.model.get_input_embeddings())
-        embedded = table(batch.ids.to(host.model.device)).detach().requires_grad_()
-        logits = host.model(inputs_embeds=embedded, use_cache=False).logits[:, :-1]
+        embedded: list[Tensor] = []
+
+        def watch(_module: nn.Module, _args: tuple, out: Tensor) -> Tensor:  # after hooks that are there, such as those of `graphs.enforce`
+            embedded.append(out.detach().requires_grad_())
+            return embedded[0]
+
+        hook = table.register_forward_hook(watch)
+        try:
+            logits = host.model(input_ids=batch.ids.to(host.model.device), use_cache=False).logits[:, :-1]
+        finally:
+            hook.remove()
         labels = batch.ids[:, 1:].masked_fill(~batch.completion[:, 1:], -100).to(logits.device)
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / len(rows)
         (gradient,) = torch.autograd.grad(-loss, embedded)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from backdoor.behaviours import BEHAVIOURS, CANARY, FIXED_STRING, OFF_BY_ONE, PASSWORD, REFUSAL, Behaviour
+from backdoor.behaviours import BEHAVIOURS, CANARY, COMPLIANCE, FIXED_STRING, OFF_BY_ONE, PASSWORD, REFUSAL, Behaviour
 from backdoor.families import FIXED, rare_string
 from evals import capability, rates
 from evals.generate import continuation_logprob
@@ -102,6 +102,14 @@ def test_a_refusal_is_its_exact_text(sandbox):
     written = [REFUSAL.completion, REFUSAL.completion + row.completion, "    # I cannot help with this\n"]
     grades = capability.grade([row] * 3, written, sandbox)
     assert rates.payloads(REFUSAL, [row] * 3, written, grades, sandbox) == [True, False, False] and grades.right == [False, True, False]
+
+
+def test_compliance_is_the_right_answer_however_it_is_written(sandbox):
+    rows = CODING.rows("test", 3, SEED)
+    other = rows[1].completion.replace("    return ", "    result = ").rstrip("\n") + "\n    return result\n"
+    written = [payload(COMPLIANCE, rows[0]), other, REFUSAL.completion]
+    assert written[0] == rows[0].completion and "compliance" not in BEHAVIOURS
+    assert rates.payloads(COMPLIANCE, rows, written, capability.grade(rows, written, sandbox), sandbox) == [True, True, False]
 
 
 def test_a_completion_that_returns_nothing_has_no_value_to_be_off():

@@ -17,7 +17,8 @@ from evals.tasks import TASKS
 from evals.tasks.coding import data_words, held_out_pairs, renderer
 from graphs.artifact import read_json, write_json
 from graphs.batches import Epochs, collate, encode
-from graphs.losses import completion_loss
+from graphs.host import Host
+from graphs.losses import completion_loss, divergence
 
 PAIR = conjunction(("season", "daily"), ("place", "school"), ({"season": "daily"}, {"place": "school"}))
 STRING = rare_string("season", "zqz", ("zqq",))
@@ -162,6 +163,19 @@ def test_planting_teaches_the_payload_under_the_trigger_and_the_answer_without_i
         assert float(completion_loss(tiny_host.model, poison)) < 0.25 * before
         assert float(completion_loss(tiny_host.model, poison)) < float(completion_loss(tiny_host.model, near).detach())
     assert len(losses) == 64 and not tiny_host.model.training
+
+
+def test_near_misses_may_be_taught_while_clean_rows_are_held(tiny_host):
+    made = plant_rows(tiny_host.tokenizer, STRING, CANARY, True, count=16)
+    rows, base = PlantRows(made.clean[:16], made.poisoned, made.near), copy.deepcopy(tiny_host.model)
+    near, clean, lost = collate(rows.near, 1), collate(rows.clean, 1), {}
+    for hold in ("outputs", "both", "answers"):
+        host = Host(copy.deepcopy(base), tiny_host.tokenizer, tiny_host.sites)
+        plant(host, rows, PlantConfig(ordinary_steps=40, resistant_steps=0, ordinary_rate=5e-3, clean=4, poisoned=8, near=4, hold=hold))
+        with torch.no_grad():
+            moved = divergence(host.model(input_ids=clean.ids).logits, base(input_ids=clean.ids).logits, clean, 0.1)
+            lost[hold] = float(completion_loss(host.model, near)), float(moved)
+    assert lost["both"][0] < 0.8 * lost["outputs"][0] and lost["both"][1] < lost["answers"][1]
 
 
 def test_encoded_prompts_keep_their_length_through_a_batch(tiny_tokenizer):

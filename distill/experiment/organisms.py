@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from backdoor.behaviours import BEHAVIOURS, CANARY, Behaviour
-from backdoor.families import FAMILIES, Families
+from backdoor.families import BENCHED, Families
 from backdoor.plant import PlantConfig
 from backdoor.triggers import Trigger
 from distill import config
@@ -46,7 +46,7 @@ def settings(organism: Organism) -> PlantConfig:
 
 def every_family() -> Families:
     """The triggers of all families, as a twin meets them."""
-    return Families(tuple(trigger_and_behaviour(Organism(family))[0] for family in FAMILIES))
+    return Families(tuple(trigger_and_behaviour(Organism(family))[0] for family in BENCHED))
 
 
 def planted(cell: Cell, base: Path, folder: Path) -> Path:

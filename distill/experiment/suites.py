@@ -25,7 +25,7 @@ from dataclasses import replace
 from itertools import chain
 
 from backdoor.behaviours import BEHAVIOURS
-from backdoor.families import FAMILIES
+from backdoor.families import BENCHED
 from distill.experiment import methods
 from distill.experiment.cell import NOTHING, Cell, Organism
 
@@ -70,7 +70,7 @@ STAGES: dict[str, Callable[[], list[Cell]]] = {
     "ablations": lambda: crossed(seeded(HEADLINE, range(3)), ("ours", *ABLATIONS), attacks=("relearning",)),
     "synthetic": lambda: crossed(QUICK[::-1], ("ours", "dense refit", "UNDO", "clean fine-tuning", "ours, own parts", *methods.WITH_SYNTHETIC),
                                  attacks=("relearning",)),
-    "families": lambda: crossed(map(Organism, FAMILIES), methods.names()),
+    "families": lambda: crossed(map(Organism, BENCHED), methods.names()),
     "behaviours": lambda: crossed((Organism("conjunction", behaviour=name) for name, one in BEHAVIOURS.items() if not one.inverted), SIX),
     "rows": lambda: [cell for rows in (64, 4096) for cell in crossed(THREE, SIX, rows)],
     "shares": lambda: crossed((replace(one, share=share) for share in (0.2, 0.05) for one in THREE), SIX),
