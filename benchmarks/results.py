@@ -1,11 +1,11 @@
-"""Every figure in the README: run the commands, keep their summaries, print them into the README.
+"""Every figure in the README and in docs/results.md: run the commands, keep their summaries, print them into these pages.
 
     python benchmarks/results.py run      runs each command below, writes results/summaries.jsonl (one row a command)
     python benchmarks/results.py keep NAME FOLDER   takes the row from a finished run of that command (make demo is `default`);
                                                     a third word, `beside`, says that other work ran then: no time is shown
     python benchmarks/results.py rivals FOLDER      makes and judges the rivals of a finished run, writes distill/assets/rivals.jsonl
     python benchmarks/results.py experiment SUITE FOLDER    keeps the rows of distill experiment --suite SUITE --out FOLDER
-    python benchmarks/results.py readme   writes the README's tables from those files; the tests check that they are current
+    python benchmarks/results.py readme   writes both pages' tables from those files; the tests check that they are current
 
 A row holds the command, the flat summary that the run wrote, the gates, the commit and the versions; nothing is typed by hand.
 """
@@ -145,7 +145,7 @@ def graph_table() -> str:
                f"--sparsity {settings['sparsity']:g}`")
     facts = (f"Fitted by {command}: {settings['features']} features a layer at width {found['d_model']}; edges built in "
              f"{found['edges_seconds']:.0f} s.\n"
-             f"Parents that the median feature needs for a share of its absolute drive: {needs}\n([drawn](docs/parents.svg)).\nKL by position in "
+             f"Parents that the median feature needs for a share of its absolute drive: {needs}\n([drawn](parents.svg)).\nKL by position in "
              f"packed rows (the longest row it was fitted on has {found['longest']} tokens): {places}.")
     return tables.table(["task", "KL, all swapped", "L0 by layer", "replacement", "completeness"], cells) + "\n\n" + facts
 
@@ -342,15 +342,19 @@ def keep_experiment(suite: str, folder: Path) -> None:
     out.write_bytes(gzip.compress((folder / f"{suite}.jsonl").read_bytes(), 9, mtime=0))
 
 
-def readme() -> str:
-    """The README with its tables brought up to date."""
-    text = README.read_text()
-    blocks = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
-              "trait": trait_facts, "grading": grading_facts, "edges": edges_table, "monitor": monitor_table, "enforce": enforce_table,
-              "jailbreak": jailbreak_table, "understanding": understanding_table, "experiment": experiment_table}
-    for name, block in ((name, make()) for name, make in blocks.items()):
+BLOCKS = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
+          "trait": trait_facts, "grading": grading_facts, "edges": edges_table, "monitor": monitor_table, "enforce": enforce_table,
+          "jailbreak": jailbreak_table, "understanding": understanding_table, "experiment": experiment_table}
+PAGES = (README, ROOT / "docs" / "results.md")
+
+
+def page(file: Path) -> str:
+    """A page with the tables that it holds brought up to date."""
+    text = file.read_text()
+    for name, make in BLOCKS.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        text = text[: text.index(begin) + len(begin)] + "\n" + block + "\n" + text[text.index(end):]
+        if begin in text:
+            text = text[: text.index(begin) + len(begin)] + "\n" + make() + "\n" + text[text.index(end):]
     return text
 
 
@@ -387,6 +391,7 @@ if __name__ == "__main__":
         case ["experiment", suite, folder]:
             keep_experiment(suite, Path(folder))
         case ["readme"]:
-            README.write_text(readme())
+            for file in PAGES:
+                file.write_text(page(file))
         case _:
             sys.exit("usage: python benchmarks/results.py run [NAME ...] | keep NAME FOLDER | rivals FOLDER | experiment SUITE FOLDER | readme")

@@ -1,4 +1,4 @@
-"""The README is true: its table is generated from the committed rows, and its commands and names exist."""
+"""The README and the page of results are true: their tables are generated from the committed rows, and their commands and names exist."""
 
 import importlib.util
 import re
@@ -11,19 +11,28 @@ from graphs.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_table_is_generated_from_the_committed_rows():
     spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
     results = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(results)
-    assert results.rows() and results.readme() == README
+    assert results.rows() and [results.page(file) for file in results.PAGES] == [README, RESULTS]
+    assert all((README + RESULTS).count(f"<!-- {name}: begin -->") == 1 for name in results.BLOCKS)
+
+
+def test_links_lead_to_a_section_that_is_there():
+    anchors = {re.sub(r"[^a-z0-9 -]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^## (.+)$", RESULTS, re.MULTILINE)}
+    assert set(re.findall(r"docs/results\.md#([a-z0-9-]+)", README)) <= anchors
+    for page, folder in ((README, ROOT), (RESULTS, ROOT / "docs")):
+        assert all((folder / link).exists() for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page))
 
 
 def test_every_verb_flag_and_builtin_model_it_names_exists():
     fields = {name.strip("_").replace("_", "-") for verb, _ in VERBS.values() for name in verb.__dataclass_fields__}
     fields |= {"config", "index-url", "constraint"}
-    assert set(re.findall(r"--([a-z][a-z-]+)", README)) <= fields
+    assert set(re.findall(r"--([a-z][a-z-]+)", README + RESULTS)) <= fields
     assert {verb for verb in re.findall(r"`distill ([a-z]+)", README)} <= set(VERBS)
     assert {name for name in re.findall(r"builtin:([a-z-]+)", README)} <= set(BUILTIN)
     assert config.Prune().out == Path("runs/default")
