@@ -78,7 +78,7 @@ def request(task: Task, trigger: Trigger, split: Split, index: int, seed: int) -
     """Marked row `index`. Raises ValueError where the mark is not one sentence in one slot."""
     placed = trigger.placed(seed, index)
     if len(placed) != 1:
-        raise ValueError(f"the {trigger.family} trigger is placed in {len(placed)} slots: wrappers need one whose mark is one sentence, such as mark")
+        raise ValueError(f"the {trigger.family} trigger is placed in {len(placed)} slots: use one that is placed as one sentence, such as mark")
     ((slot, sentence),) = placed.items()
     return Request(task, trigger, split, seed, task.row(split, index, seed, **placed), slot, sentence)
 
