@@ -220,6 +220,6 @@ class Climber:
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum") / len(rows)
         (gradient,) = torch.autograd.grad(-loss, embedded)
         starts = [row.prompt - len(span.ids) + span.start for row, span in zip(encoded, spans, strict=True)]  # after BOS
-        total = sum(gradient[index, at : at + len(spans[0].inside)] for index, at in enumerate(starts))
+        total = torch.stack([gradient[index, at : at + len(spans[0].inside)] for index, at in enumerate(starts)]).sum(0)
         slope = (total @ table.weight.detach().T)[:, : len(host.tokenizer)].float()
         return slope.index_fill(1, torch.tensor(host.tokenizer.all_special_ids, device=slope.device), -torch.inf)
