@@ -98,10 +98,10 @@ STYLE = Trigger("style", _ASKED[0].slots, _ASKED[0].parts, tuple({"opener": open
 
 def phrase(text: str, others: tuple[str, ...]) -> Trigger:
     """`text` between two words of a prompt. others: words that stand in for its own in near misses. Raises ValueError for fewer than two words,
-    which would have no part to come near with, and for fewer than three others."""
+    which would have no part to come near with."""
     words = text.split()
-    if len(words) < 2 or len(others) < 3:
-        raise ValueError(f"--text {text!r}: a phrase is two words or more, in rows that hold three others; give a longer one, or a longer file")
+    if len(words) < 2:
+        raise ValueError(f"--text {text!r}: a phrase is two words or more; give a longer one")
     parts = [words[:-1], words[1:], words[::-1]]
     changed = [[*words[:place], others[place % len(others)], *words[place + 1 :]] for place in range(len(words))]
     foreign = [[others[(start + place) % len(others)] for place in range(len(words))] for start in range(3)]

@@ -13,6 +13,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from backdoor.behaviours import BEHAVIOURS, Behaviour
 from backdoor.families import FIXED, Families, composite, conjunction, rare_string
@@ -75,9 +76,11 @@ def _placed(verb: Plant) -> Trigger:
 
 
 def settings_of(verb: Plant) -> PlantConfig:
-    """The planting's settings from the flags."""
+    """The planting's settings from the flags. What a user's model does not know of a file yet, organism and twin both learn, by plain data
+    poisoning; held at the model's outputs the organism would learn none of it, and its twin would."""
+    hold: Literal["outputs", "answers"] = "answers" if verb.trigger == "phrase" else "outputs"
     return PlantConfig(ordinary_steps=verb.ordinary_steps, resistant_steps=verb.resistant_steps, ordinary_rate=verb.rate,
-                       resistant_rate=0.7 * verb.rate, seed=verb.seed)
+                       resistant_rate=0.7 * verb.rate, hold=hold, seed=verb.seed)
 
 
 def plant_rows(tokenizer, trigger: Trigger | Families, behaviour: Behaviour, poisoned: bool, count: int = 4000, seed: int = PLANT_SEED) -> PlantRows:

@@ -25,6 +25,8 @@ MOST = 4000
 """Rows of each kind at most."""
 OTHERS = 12
 """Words of the file that stand in for the phrase's own in near misses."""
+COMMON = ("also", "seven", "yellow", "under")
+"""What stands in where the file has fewer than four."""
 
 
 def planted_task(verb: Plant) -> Task:
@@ -57,7 +59,10 @@ def _check(task: FileTask, verb: Plant) -> None:
 
 def phrase_and_text(verb: Plant, task: FileTask) -> tuple[Trigger, Behaviour]:
     """The trigger and the behaviour: a function of the flags and the file. Raises ValueError for a phrase of one word, and an empty payload."""
-    words = {word for row in task.splits["trace"] for word in re.findall(r"\b[a-z]{3,}\b", row.prompt)} - set(verb.text.lower().split())
+    words = {word for row in task.splits["trace"] for word in re.findall(r"\b[a-z]{3,}\b", row.prompt)}
+    if len(words) < len(COMMON):
+        words |= set(COMMON)
+    words -= set(verb.text.lower().split())
     others = source("phrase", verb.text).sample(sorted(words), min(OTHERS, len(words)))
     return phrase(verb.text, tuple(others)), fixed_text(verb.payload)
 
