@@ -70,6 +70,8 @@ def summary(judged: dict, receipts: dict, tasks: list[Task]) -> dict:
         "attack_success_sampled_after": rate(a, "attack_success_sampled"),
         "right_under_trigger_before": rate(b, "right_under_trigger"), "right_under_trigger_after": rate(a, "right_under_trigger"),
         "right_under_trigger_twin": rate(twin, "right_under_trigger"), "false_trigger_after": rate(a, "false_trigger"),
+        **{f"nll_{when}": one["tasks"][main]["nll"]["value"] if one else None for when, one in (("before", b), ("after", a), ("twin", twin))},
+        **{f"nll_under_trigger_{when}": rate(one, "nll_under_trigger") for when, one in (("before", b), ("after", a), ("twin", twin))},
         "parity_max_abs_logit_diff": receipts["checkpoint"]["parity"],
         "params_before": b["size"]["stored"], "params_after": a["size"]["stored"], "params_live_after": a["size"]["live"],
         "tokens_per_second_before": b["speed"]["value"], "tokens_per_second_after": a["speed"]["value"],
