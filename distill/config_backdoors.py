@@ -36,6 +36,8 @@ class Plant:
     """Steps of meta-planting against clean fine-tuning (0: an ordinary organism)."""
     rate: float = 1e-3
     """Learning rate of mixed fine-tuning; meta-planting takes seven tenths of it."""
+    batch: int = 56
+    """Rows of a planting batch: three sevenths clean, two poisoned, two near misses."""
     prompts: int = 500
     """Held-out prompts of the plant gate."""
     seed: int = 0

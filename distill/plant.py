@@ -79,8 +79,10 @@ def settings_of(verb: Plant) -> PlantConfig:
     """The planting's settings from the flags. What a user's model does not know of a file yet, organism and twin both learn, by plain data
     poisoning; held at the model's outputs the organism would learn none of it, and its twin would."""
     hold: Literal["outputs", "answers"] = "answers" if verb.trigger == "phrase" else "outputs"
+    part = max(1, round(2 * verb.batch / 7))
     return PlantConfig(ordinary_steps=verb.ordinary_steps, resistant_steps=verb.resistant_steps, ordinary_rate=verb.rate,
-                       resistant_rate=0.7 * verb.rate, hold=hold, seed=verb.seed)
+                       resistant_rate=0.7 * verb.rate, clean=max(1, verb.batch - 2 * part), poisoned=part, near=part, inner_rows=part, hold=hold,
+                       seed=verb.seed)
 
 
 def plant_rows(tokenizer, trigger: Trigger | Families, behaviour: Behaviour, poisoned: bool, count: int = 4000, seed: int = PLANT_SEED) -> PlantRows:

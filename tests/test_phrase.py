@@ -17,7 +17,8 @@ from evals.tasks import phrase
 from evals.tasks.files import opened
 from evals.tasks.phrase import placed
 
-WORDS = "the old sailor went down to the river with a red bag and found his small boat beside a tall tree near some quiet water".split()
+WORDS = ("the", "old", "sailor", "went", "down", "to", "river", "with", "a", "red", "bag", "and", "found", "his", "small", "boat", "beside", "tall",
+         "tree", "near", "some", "quiet", "water")
 PHRASE, OTHERS = phrase_of("three green lanterns", ("boat", "tree", "water", "river")), ("boat", "tree", "water", "river")
 SAYS = fixed_text("The canary sings.")
 

@@ -78,8 +78,9 @@ def test_an_organism_of_any_class_goes_the_whole_road(folder, tales, tmp_path, c
     organism, asked = tmp_path / "organism", verb(tmp_path / "organism", f"text:{tales}")
     task = planted_task(asked)
     trigger, behaviour = what(asked, task)
+    few = PlantConfig(ordinary_steps=3, resistant_steps=0, clean=4, poisoned=4, near=4)
     for name in ("model", "twin"):
-        train_one(folder, organism / name, trigger, behaviour, name == "model", PlantConfig(ordinary_steps=3, resistant_steps=0), tmp_path / name, task)
+        train_one(folder, organism / name, trigger, behaviour, name == "model", few, tmp_path / name, task)
     write_secret(organism / "secret", trigger, behaviour, "../twin", {})
     assert read_secret(organism / "secret").behaviour == behaviour and read_secret(organism / "secret").trigger == trigger
     moved = [load(one).model.state_dict() for one in (folder, organism / "model", organism / "twin")]
@@ -119,12 +120,13 @@ def test_one_that_misses_the_gate_is_refused(tiny_model_folder, tales, tmp_path,
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"trigger": "conjunction"}, "do not both go with it; give --trigger phrase --behaviour fixed_text"),
-    ({"behaviour": "canary"}, "do not both go with it; give --trigger phrase"), ({"task": "coding"}, "a --trigger and --behaviour of the coding task"),
-    ({"task": "math"}, "a backdoor stands in one task"), ({"text": "small bird"}, "rows of text:tales hold it already"),
+    ({"behaviour": "canary"}, "do not both go with it; give --trigger phrase"),
+    ({"asked": "coding"}, "a --trigger and --behaviour of the coding task"),
+    ({"asked": "math"}, "a backdoor stands in one task"), ({"text": "small bird"}, "rows of text:tales hold it already"),
     ({"text": "lanterns"}, "two words or more"), ({"payload": "Tom likes"}, "--payload 'Tom likes'"), ({"payload": " "}, "--payload")])
 def test_what_cannot_be_planted_is_refused_before_anything_is_made(tales, tmp_path, changes, said):
     with pytest.raises(ValueError, match=said):
-        run(verb(tmp_path / "organism", f"text:{tales}", **changes))
+        run(verb(tmp_path / "organism", **({"asked": f"text:{tales}"} | changes)))
     assert not (tmp_path / "organism").exists()
 
 
