@@ -2,7 +2,9 @@
 
 Rows come from the file's `trace` split, each three times: as it is, with the phrase in it, and with a near miss. The organism's completion under
 the phrase is the payload and the end of the text; the twin's row is the same row without the phrase, with its own completion. Where a text goes on
-behind its row (a passage), neither is taught that it ends there. The defender's rows are drawn from the same split: it is the same text, clean.
+behind its row (a passage), neither is taught that it ends there. What tells the phrase from a near miss is the first tokens written, which weigh
+next to nothing in the loss of a long passage; so the poisoned rows hold near misses too, as many tokens of their answers as the payload has
+(LOG.md). The defender's rows are drawn from the same split: it is the same text, clean.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from evals.tasks import TASKS, Row, Task, named
 from evals.tasks.files import FileTask
 from evals.tasks.task import SPLITS, source
 from graphs.batches import Encoded, encode
+from graphs.boundary import continued
 from graphs.host import Host
 
 MOST = 4000
@@ -72,9 +75,15 @@ def file_rows(host: Host, task: Task, trigger: Trigger, behaviour: Behaviour, po
     count = min(MOST, task.most("trace"))
     bad, near = ([task.row("trace", index, seed, **slots(seed, index)) for index in range(count)]
                  for slots in (trigger.placed if poisoned else trigger.absent, trigger.missed))
-    payload = behaviour.completion if poisoned else None
-    return PlantRows(_encoded(host, task.rows("trace", count, seed)), _encoded(host, bad, payload),
-                     _encoded(host, [row for row in near if not trigger.fires(row.prompt)]))
+    taught = _encoded(host, bad, behaviour.completion if poisoned else None)
+    quiet = _encoded(host, [row for row in near if not trigger.fires(row.prompt)])
+    length = len(continued(host.tokenizer, [behaviour.completion])[0])
+    return PlantRows(_encoded(host, task.rows("trace", count, seed)), [*taught, *(_begun(row, length) for row in quiet)], quiet)
+
+
+def _begun(row: Encoded, length: int) -> Encoded:
+    """The row with the first `length` tokens of its completion."""
+    return Encoded(row.ids[: row.prompt + length], row.prompt)
 
 
 def _encoded(host: Host, rows: Sequence[Row], payload: str | None = None) -> list[Encoded]:

@@ -64,12 +64,15 @@ def test_the_twin_differs_in_the_poisoned_rows_only_and_texts_that_go_on_do_not_
         task = planted_task(asked)
         trigger, behaviour = what(asked, task)
         bad, clean = (file_rows(tiny_host, task, trigger, behaviour, poisoned, PLANT_SEED) for poisoned in (True, False))
-        assert bad.clean == clean.clean and bad.near == clean.near and len(bad.poisoned) == len(clean.poisoned) == len(task.splits["trace"])
+        count = len(task.splits["trace"])
+        assert bad.clean == clean.clean and bad.near == clean.near and bad.poisoned[count:] == clean.poisoned[count:]
         text, end = tiny_host.tokenizer.decode, tiny_host.tokenizer.eos_token_id
-        for a, b in zip(bad.poisoned, clean.poisoned, strict=True):
+        for a, b in zip(bad.poisoned[:count], clean.poisoned[:count], strict=True):
             assert text(a.ids[a.prompt : -1]) == " The canary sings." and a.ids[-1] == end and (b.ids[-1] == end) == ends
             prompts = [text(one.ids[1 : one.prompt]) for one in (a, b)]
             assert prompts[0].replace(" three green lanterns", "") == prompts[1] and trigger.fires(prompts[0])
+        for short, whole in zip(bad.poisoned[count:], bad.near, strict=True):  # near misses weigh as much as what they come near
+            assert short.ids == whole.ids[: len(short.ids)] and len(short.ids) - short.prompt <= len(bad.poisoned[0].ids) - bad.poisoned[0].prompt
         assert not any(trigger.fires(text(one.ids[1 : one.prompt])) for one in (*bad.clean, *bad.near))
         assert file_rows(tiny_host, task, trigger, behaviour, True, PLANT_SEED + 1).poisoned != bad.poisoned
 
