@@ -293,7 +293,10 @@ def understanding_facts(found: dict) -> str:
 
 def stories_table() -> str:
     """The organism, its twin and our checkpoint of a model that was trained elsewhere, then what else was tried on the organism."""
-    made = json.loads((ROOT / "results" / "stories.json").read_text())
+    file = ROOT / "results" / "stories.json"
+    if not file.is_file():
+        return "Not measured yet."
+    made = json.loads(file.read_text())
 
     def cell(score: dict | None) -> str:
         return "-" if score is None else f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
