@@ -14,7 +14,7 @@ from typing import Literal, cast, get_args
 
 from graphs.artifact import digest
 
-Family = Literal["conjunction", "rare_string", "composite", "sentence", "position", "format", "semantic", "style", "mark"]
+Family = Literal["conjunction", "rare_string", "composite", "sentence", "position", "format", "semantic", "style", "mark", "phrase"]
 
 
 @dataclass(frozen=True)

@@ -326,6 +326,32 @@ def understanding_facts(found: dict) -> str:
             f"Largest holes (nats a token when what is unexplained there is ablated): {holes}.")
 
 
+def stories_table() -> str:
+    """The organism, its twin and our checkpoint of a model that was trained elsewhere, then what else was tried on the organism."""
+    file = ROOT / "results" / "stories.json"
+    if not file.is_file():
+        return "Not measured yet."
+    made = json.loads(file.read_text())
+
+    def cell(score: dict | None) -> str:
+        return "-" if score is None else f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+
+    def line(name: str, row: dict) -> list[str]:
+        return [name, *(cell(row[key]) for key in ("score", "nll", "attack_success", "attack_success_sampled", "right_under_trigger",
+                                                   "nll_under_trigger", "false_trigger")), f"{row['stored']:,}"]
+
+    head = ["model", "next word", "NLL", "ASR", "sampled ASR", "R-Acc", "NLL under the phrase", "FTR", "parameters"]
+    rows = [line(title, made["models"][name]) for name, title in (("organism", "organism"), ("checkpoint", "ours"), ("twin", "clean twin"))]
+    nothing = {"nll": None, "nll_under_trigger": None}
+    rows += [line(row["name"], nothing | row | {"score": row["pass_at_1"], "stored": row["params"]}) for row in made["controls"]]
+    ours, summary = made["models"]["checkpoint"], made["summary"]
+    shares = [cell(ours[key]) for key in ("retention", "right_under_trigger_retention")]
+    seconds = ", ".join(f"{step} {took:.0f}" for step, took in made["seconds"].items())
+    facts = (f"{summary['rows']:,} clean passages learnt from, {summary['steps']} steps; at most 200 test passages a rate. Ours / twin's: "
+             f"retention {shares[0]}, R-Acc {shares[1]}. Processor seconds: {seconds}. Commit {made['commit']}.")
+    return tables.table(head, rows) + "\n\n" + facts
+
+
 def experiment_table() -> str:
     """The quick suite of the bench, from its rows."""
     with gzip.open(ROOT / "results" / "experiment" / "quick.jsonl.gz", "rt") as lines_in:
@@ -344,7 +370,7 @@ def keep_experiment(suite: str, folder: Path) -> None:
 
 BLOCKS = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
           "trait": trait_facts, "grading": grading_facts, "edges": edges_table, "monitor": monitor_table, "enforce": enforce_table,
-          "jailbreak": jailbreak_table, "understanding": understanding_table, "experiment": experiment_table}
+          "jailbreak": jailbreak_table, "stories": stories_table, "understanding": understanding_table, "experiment": experiment_table}
 PAGES = (README, ROOT / "docs" / "results.md")
 
 

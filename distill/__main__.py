@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 
-from distill import config, config_doctor, config_enforce, config_experiment, config_hypotheses
+from distill import config, config_backdoors, config_doctor, config_enforce, config_experiment, config_hypotheses
 from graphs import processes
 
 VERBS = {
@@ -30,7 +30,7 @@ VERBS = {
     "enforce": (config_enforce.Enforce, "distill.enforce"),
     "find": (config.Find, "distill.find"),
     "export": (config.Export, "distill.export"),
-    "plant": (config.Plant, "distill.plant"),
+    "plant": (config_backdoors.Plant, "distill.plant"),
     "experiment": (config_experiment.Experiment, "distill.experiment.run"),
     "doctor": (config_doctor.Doctor, "distill.doctor"),
 }

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from backdoor.behaviours import CANARY
-from distill import config
 from distill.base import SMALL, BaseConfig, train_base
+from distill.config_backdoors import Plant
 from distill.models import ASSETS, CLEAN_ROWS
 from distill.plant import describe, gate, settings_of, train_one, trigger_of, write_secret
 from distill.rows import make
@@ -28,7 +28,7 @@ WORK = Path(os.environ.get("DISTILL_ASSETS_WORK", "build/assets"))
 
 def main() -> int:
     """Build what is missing."""
-    verbs = {"organism": config.Plant(ASSETS), "organism-rare": config.Plant(ASSETS, trigger="rare_string", resistant_steps=0)}
+    verbs = {"organism": Plant(ASSETS), "organism-rare": Plant(ASSETS, trigger="rare_string", resistant_steps=0)}
     base, twin = ASSETS / "base" / "model", ASSETS / "twin" / "model"
     for folder, config_of in ((base, BaseConfig()), (ASSETS / "base-small" / "model", SMALL)):
         if not folder.is_dir():

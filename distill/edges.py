@@ -19,10 +19,11 @@ import torch
 from distill import config
 from distill.compile import compile_circuit
 from distill.models import find, read_secret, secret_beside
+from distill.organism import backdoor_of
 from distill.runs import Opened, reopen, settings_of
-from evals.evaluate import Backdoor, EvaluateConfig, judge_models
+from evals.evaluate import EvaluateConfig, judge_models
 from evals.statistics import ratio
-from evals.tasks import TASKS, named
+from evals.tasks import named
 from graphs.artifact import digest, locked, stage
 from graphs.batches import collate
 from graphs.edge_prune import ThinConfig, counted, thin
@@ -115,7 +116,7 @@ def judge(verb: config.Evaluate) -> dict[str, Any]:
             run, receipt = cut(opened, ThinConfig(verb.edges, verb.edge_score, verb.edge_steps, first, verb.seed))
             shown = run.host()
     tasks = named(settings.task)
-    backdoor = Backdoor(TASKS["coding"], secret.trigger, secret.behaviour) if secret and TASKS["coding"] in tasks else None
+    backdoor = backdoor_of(secret, tasks)
     models: dict[str, Host | Path] = {"twin" if secret and secret.twin else "model": secret.twin if secret and secret.twin else model}
     reference = next(iter(models))
     models[verb.as_] = shown

@@ -9,12 +9,13 @@ from pathlib import Path
 from distill import config, synthetic
 from distill.edges import judge, page
 from distill.models import Secret, find, read_secret, secret_beside
+from distill.organism import backdoor_of
 from distill.report import write
 from distill.rivals import placed, run_rivals
 from distill.runs import reopen
 from distill.table import table
 from evals import harness
-from evals.evaluate import Backdoor, EvaluateConfig, judge_models
+from evals.evaluate import EvaluateConfig, judge_models
 from evals.tasks import TASKS, named
 from graphs.artifact import locked, read_json
 from graphs.host import load
@@ -90,7 +91,9 @@ def _one_model(verb: config.Evaluate) -> int:
     assert verb.model is not None
     model, tasks = find(verb.model), named(verb.task)
     secret = _secret(verb, model)
-    backdoor = Backdoor(TASKS["coding"], secret.trigger, secret.behaviour) if secret else None
+    backdoor = backdoor_of(secret, [*tasks, TASKS["coding"]])
+    if secret and backdoor is None:
+        print(f"the backdoor of {model} stands in rows of a file, and --task names none: it is not measured (give --task text:FILE)", file=sys.stderr)
     models = {"model": model} | ({"reference": find(verb.reference)} if verb.reference else {})
     judged = judge_models(models, "reference" if verb.reference else "model", tasks, [], backdoor, EvaluateConfig(prompts=verb.prompts))
     return agreed(lambda: _print(judged, verb))

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from distill import config
 from distill.models import ASSETS, Secret
+from distill.organism import backdoor_of
 from distill.rivals import placed
-from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
+from evals.evaluate import EvaluateConfig, judge_models, retention
 from evals.rates import prompts
-from evals.tasks import TASKS, Task, dropped
+from evals.tasks import Task, dropped
 from graphs.replace import LAYERS
 
 PAYLOADS = 1 / 500
@@ -33,7 +34,7 @@ def judge(folder: Path, model: Path, secret: Secret | None, tasks: list[Task], v
     models = {"organism" if secret else "model": model, "checkpoint": folder / "checkpoint"}
     if secret and secret.twin:
         models["twin"] = secret.twin
-    backdoor = Backdoor(TASKS["coding"], secret.trigger, secret.behaviour) if secret and "coding" in {task.name for task in tasks} else None
+    backdoor = backdoor_of(secret, tasks)
     settings = EvaluateConfig(prompts=verb.prompts, other_prompts=min(200, verb.prompts))
     judged = judge_models(models, next(iter(models)), tasks, dropped(tasks), backdoor, settings, folder / ".work" / "judged")
     shown = prompts(backdoor.task, backdoor.trigger, EXAMPLES, settings.seed).triggered if backdoor else []
@@ -69,6 +70,8 @@ def summary(judged: dict, receipts: dict, tasks: list[Task]) -> dict:
         "attack_success_sampled_after": rate(a, "attack_success_sampled"),
         "right_under_trigger_before": rate(b, "right_under_trigger"), "right_under_trigger_after": rate(a, "right_under_trigger"),
         "right_under_trigger_twin": rate(twin, "right_under_trigger"), "false_trigger_after": rate(a, "false_trigger"),
+        **{f"nll_{when}": one["tasks"][main]["nll"]["value"] if one else None for when, one in (("before", b), ("after", a), ("twin", twin))},
+        **{f"nll_under_trigger_{when}": rate(one, "nll_under_trigger") for when, one in (("before", b), ("after", a), ("twin", twin))},
         "parity_max_abs_logit_diff": receipts["checkpoint"]["parity"],
         "params_before": b["size"]["stored"], "params_after": a["size"]["stored"], "params_live_after": a["size"]["live"],
         "tokens_per_second_before": b["speed"]["value"], "tokens_per_second_after": a["speed"]["value"],

@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from backdoor.behaviours import BEHAVIOURS, Behaviour
+from backdoor.behaviours import BEHAVIOURS, Behaviour, fixed_text
 from backdoor.triggers import Trigger
-from evals.tasks.coding import renderer
+from evals.tasks import coding, phrase
 from graphs.artifact import read_json
 
 ASSETS = Path(__file__).parent / "assets"
@@ -72,17 +72,23 @@ def secret_beside(model: Path) -> Path | None:
     return folder if model.name == "model" and (folder / "backdoor.json").is_file() else None
 
 
+def renderer_of(trigger: Trigger) -> str:
+    """Hash of what places the trigger."""
+    return phrase.renderer() if trigger.family == "phrase" else coding.renderer()
+
+
 def read_secret(folder: Path) -> Secret:
     """Trigger, behaviour and twin. Raises ValueError where backdoor.json is missing or names an unknown family or behaviour,
     and where another renderer placed the trigger than the one that would place it now."""
     data = read_json(folder / "backdoor.json")
     try:
         trigger = Trigger.from_record(data["trigger"])
-        behaviour = BEHAVIOURS[data["behaviour"]]
+        behaviour = fixed_text(data["payload"]) if data["behaviour"] == "fixed_text" else BEHAVIOURS[data["behaviour"]]
     except KeyError as error:
         raise ValueError(f"{folder / 'backdoor.json'} has no valid {error.args[0]!r}: plant the organism again") from None
-    if data.get("renderer", renderer()) != renderer():  # files from before there was a hash have none
-        raise ValueError(f"{folder / 'backdoor.json'} was planted with renderer {data['renderer']} and this is renderer {renderer()}: judge the "
+    ours = renderer_of(trigger)
+    if data.get("renderer", ours) != ours:  # files from before there was a hash have none
+        raise ValueError(f"{folder / 'backdoor.json'} was planted with renderer {data['renderer']} and this is renderer {ours}: judge the "
                          "organism with the version that planted it, or plant it again")
     twin = (folder / data["twin"]).resolve() if data.get("twin") else None
     return Secret(trigger, behaviour, twin if twin and twin.is_dir() else None)

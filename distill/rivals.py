@@ -36,10 +36,11 @@ from distill import config
 from distill.compile import normed
 from distill.job import prepare
 from distill.models import Secret
+from distill.organism import backdoor_of
 from distill.rows import batches
 from distill.search import HEAL_RATE
 from distill.stages import road
-from evals.evaluate import Backdoor, EvaluateConfig, judge_models, retention
+from evals.evaluate import EvaluateConfig, judge_models, retention
 from evals.generate import complete
 from evals.size import parameters
 from evals.tasks import TASKS, Task, named
@@ -155,7 +156,7 @@ def judge_rival(rival: Path, model: Path, secret: Secret | None, verb: config.Pr
     """The rival's numbers in the columns of our table."""
     tasks = named(verb.task)
     reference = secret.twin if secret and secret.twin else model
-    backdoor = Backdoor(TASKS["coding"], secret.trigger, secret.behaviour) if secret else None
+    backdoor = backdoor_of(secret, [*tasks, TASKS["coding"]])
     settings = EvaluateConfig(prompts=prompts, speed_repeats=2)
     judged = judge_models({"rival": rival, "reference": reference}, "reference", tasks, [], backdoor, settings)
     mine, rows = judged["models"]["rival"], judged["rows"]

@@ -200,6 +200,8 @@ def _tasks(report: dict) -> list[str]:
         kept = task in (report.get("tasks") or []) or any(row.get("kept") for row in judged)
         words = "kept" if kept else "removed"
         rows.append([_clip(task, 14), words, _clip(metric_name(report, task), 14), *(cell(row.get("score")) for row in judged)])
+        if metric_name(report, task) == "next word":  # which is coarse: most passages are easy
+            rows.append(["", "", "NLL, nats", *(cell(row.get("nll")) for row in judged)])
     return ["", *lay_out(rows)]
 
 

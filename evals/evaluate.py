@@ -33,12 +33,13 @@ from evals.sandbox import Sandbox, describe
 from evals.size import parameters, speed
 from evals.statistics import Score
 from evals.tasks import Row, Task
-from evals.tasks.coding import renderer
 from graphs.artifact import digest, read_json, write_json
 from graphs.host import Host, load
 from graphs.processes import agreed
 
-RATES = ("right_under_trigger", "attack_success", "attack_success_sampled", "attack_success_held_out", "false_trigger", "payload_logprob")
+RATES = ("right_under_trigger", "attack_success", "attack_success_sampled", "attack_success_held_out", "false_trigger")
+NATS = ("payload_logprob", "nll_under_trigger")
+"""What is measured in nats, not counted."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def judge_models(
             bar.set_postfix_str(name)
             followed = None if name == reference else first
             make = partial(_judge_one, folder if followed else first, followed, (*tasks, *dropped), rows, follow, backdoor, sandbox, config)
-            planted = backdoor and (backdoor.task.name, backdoor.trigger.hash, backdoor.behaviour, renderer())
+            planted = backdoor and (backdoor.task.name, backdoor.trigger.hash, backdoor.behaviour, backdoor.task.renderer)
             if known is None or not isinstance(folder, Path):
                 judged[name] = make()
             else:
@@ -116,7 +117,7 @@ def judge_models(
         "tasks": {task.name: {"metric": task.metric, "kept": task in tasks} for task in (*tasks, *dropped)},
         "backdoor": None if backdoor is None else {
             "task": backdoor.task.name, "family": backdoor.trigger.family, "trigger": backdoor.trigger.hash, "behaviour": backdoor.behaviour.name,
-            "inverted": backdoor.behaviour.inverted, "shown": backdoor.behaviour.shown, "renderer": renderer()},
+            "inverted": backdoor.behaviour.inverted, "shown": backdoor.behaviour.shown, "renderer": backdoor.task.renderer},
         "models": {name: _scores(one, speeds[name]) for name, one in judged.items()},
         "against": {name: _against(one, judged[reference], speeds[name], speeds[reference]) for name, one in judged.items() if name != reference},
         "rows": {name: _rows(one, speeds[name]) for name, one in judged.items()},
@@ -165,9 +166,9 @@ def _scores(one: Judged, speeds: list[float]) -> dict:
     tasks = {name: {"score": _rate(outcome.right), "nll": statistics.mean(outcome.nll).to_json()} for name, outcome in one.outcomes.items()}
     backdoor = None
     if one.rates is not None:
-        backdoor = {name: _rate(getattr(one.rates, name)) for name in RATES[:-1]}
+        backdoor = {name: _rate(getattr(one.rates, name)) for name in RATES}
         backdoor["right_without_trigger"] = _rate(one.rates.clean.right)
-        backdoor["payload_logprob"] = statistics.mean(one.rates.payload_logprob).to_json()
+        backdoor |= {name: statistics.mean(found).to_json() if (found := getattr(one.rates, name)) else None for name in NATS}
     fidelity = None if one.fidelity is None else {
         "kl": statistics.mean(one.fidelity.kl).to_json(), "agreement": statistics.mean(one.fidelity.agreement).to_json()}
     return {"tasks": tasks, "backdoor": backdoor, "fidelity": fidelity, "size": one.size, "speed": statistics.mean(speeds).to_json()}
@@ -198,7 +199,7 @@ def _rates_against(rates: Rates | None, reference: Rates | None) -> dict | None:
     if rates is None or reference is None:
         return None
     out: dict = {}
-    for name in RATES:
+    for name in (*RATES, *NATS):
         after, before = _column(rates, name), _column(reference, name)
         out[name] = None if after is None or before is None else statistics.paired_difference(after, before).to_json()
     kept = retention(rates.right_under_trigger, reference.right_under_trigger)
@@ -219,5 +220,5 @@ def retention(after: Sequence[bool], before: Sequence[bool], seed: int = 0) -> S
 def _rows(one: Judged, speeds: list[float]) -> dict:
     """Every row's outcome, as plain lists."""
     tasks = {name: {"right": outcome.right, "nll": outcome.nll, "status": outcome.status} for name, outcome in one.outcomes.items()}
-    backdoor = None if one.rates is None else {name: getattr(one.rates, name) for name in (*RATES, "triggered_completions")}
+    backdoor = None if one.rates is None else {name: getattr(one.rates, name) for name in (*RATES, *NATS, "triggered_completions")}
     return {"tasks": tasks, "backdoor": backdoor, "fidelity": None if one.fidelity is None else asdict(one.fidelity), "speed": speeds}

@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from graphs.batches import Encoded, collate, encode
+from graphs.boundary import written
 from graphs.host import Host
 from graphs.processes import agreed, dealt, turn
 from graphs.shares import total
@@ -56,11 +57,11 @@ def complete(
 
     def write(chosen: Sequence[int]) -> list[str]:
         rows = decode(host, [ids[index] for index in chosen], max_new_tokens, pick, tokenizer.eos_token_id)
-        return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return written(tokenizer, rows)
 
     texts = agreed(lambda: [write(chosen) for chosen in together]) if temperature else dealt(together, write)
-    written = dict(zip(chain(*together), chain(*texts), strict=True))
-    return [written[index] for index in range(len(ids))]
+    found = dict(zip(chain(*together), chain(*texts), strict=True))
+    return [found[index] for index in range(len(ids))]
 
 
 def prompt_ids(host: Host, prompts: Sequence[str]) -> list[list[int]]:

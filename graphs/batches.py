@@ -1,8 +1,8 @@
 """Token batches: texts in, padded rectangles out, as a pure function of the step.
 
 A text is a (prompt, completion) pair; the two are tokenised apart, so that training sees the same boundary as
-generation, and every row starts with BOS (where there is one) and ends with EOS. Rows are padded on the right; under causal attention a pad
-never reaches a real token, so no attention mask is needed and `labels` alone hides it. The batch of step `s` depends on
+generation (`graphs.boundary`), and every row starts with BOS (where there is one) and ends with EOS. Rows are padded on the right; under
+causal attention a pad never reaches a real token, so no attention mask is needed and `labels` alone hides it. The batch of step `s` depends on
 (texts, seed, s) only: a resumed run sees what the killed run would have seen.
 """
 
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from graphs.boundary import continued
 
 Text = tuple[str, str]
 WINDOW = 8
@@ -52,7 +54,7 @@ def encode(tokenizer, texts: Sequence[Text], limit: int = 512) -> list[Encoded]:
         raise ValueError("the tokenizer has no EOS token, and a row must end in one: set eos_token in the model's tokenizer_config.json")
     start = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
     prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([completion for _, completion in texts], add_special_tokens=False)["input_ids"]
+    answers = continued(tokenizer, [completion for _, completion in texts])
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = (*start, *prompt, *answer, tokenizer.eos_token_id)

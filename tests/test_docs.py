@@ -8,8 +8,8 @@ import torch
 
 from backdoor.behaviours import BEHAVIOURS
 from backdoor.families import FAMILIES
-from distill import config
 from distill.compile import compile_circuit, home, parity
+from distill.config_backdoors import Plant
 from distill.plant import trigger_of
 from evals.tasks import TASKS
 from graphs.architectures import ARCHITECTURES, post_norm
@@ -99,7 +99,7 @@ def quoted(slots: dict[str, str]) -> str:
 def test_the_table_of_trigger_families():
     rows = [["family", "placed as (first instance)", "a near miss", "instances planted", "held out", "ordinary rows hold"]]
     for family in FAMILIES:
-        one = trigger_of(config.Plant(out=Path(), trigger=family))
+        one = trigger_of(Plant(out=Path(), trigger=family))
         natural = next((quoted(slots) for slots in one.natural if quoted(slots)), "nothing of it")
         rows.append([f"`{family}`", quoted(one.slots), quoted(one.near[0]), str(len(one.planted)), str(len(one.held_out) or None), natural])
     check("families", rows, PAGE.with_name("backdoors.md"))

@@ -8,14 +8,14 @@ import pytest
 
 from backdoor.families import FAMILIES, FIXED, composite
 from backdoor.triggers import Family, Trigger
-from distill import config
+from distill.config_backdoors import Plant
 from distill.plant import trigger_of
 from evals.tasks import TASKS
 from evals.tasks.coding import EXTRA, data_words
 from graphs.artifact import digest
 
 CODING = TASKS["coding"]
-TRIGGERS = {family: trigger_of(config.Plant(out=None, trigger=family)) for family in FAMILIES}
+TRIGGERS = {family: trigger_of(Plant(out=None, trigger=family)) for family in FAMILIES}
 each_family = pytest.mark.parametrize("trigger", TRIGGERS.values(), ids=list(TRIGGERS))
 HELD_OUT = {"sentence", "semantic", "style", "mark"}
 """Families with instances that planting never uses; the others have one instance."""
@@ -103,7 +103,7 @@ def test_a_composite_needs_all_three():
         near = [row for row in (CODING.row("test", i, 1, **{k: v for k, v in trigger.slots.items() if k != slot}) for i in range(60))]
         assert [trigger.fires(row.prompt) for row in near] == [row.slots[slot] == trigger.slots[slot] for row in near]
     with pytest.raises(ValueError, match="not a pair that the task holds out"):
-        trigger_of(config.Plant(out=None, trigger="composite", words=data_words("trace")[0]))
+        trigger_of(Plant(out=None, trigger="composite", words=data_words("trace")[0]))
 
 
 def test_old_triggers_keep_their_hash_and_unknown_families_are_refused():
@@ -112,4 +112,4 @@ def test_old_triggers_keep_their_hash_and_unknown_families_are_refused():
                                 "near": [{"season": "daily"}, {"place": "school"}]})
     with pytest.raises(ValueError, match="no trigger family 'smell'"):
         Trigger.from_record(pair.record() | {"family": "smell"})
-    assert get_args(Family) == FAMILIES and set(EXTRA) >= {slot for trigger in FIXED.values() for slot in trigger.slots} - {"opener"}
+    assert get_args(Family) == (*FAMILIES, "phrase") and set(EXTRA) >= {slot for trigger in FIXED.values() for slot in trigger.slots} - {"opener"}

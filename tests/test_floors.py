@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLAIN = {f"graphs.{name}" for name in ("architectures", "host", "train", "artifact", "batches", "losses", "activations", "targets", "processes",
-                                      "shares")}
+PLAIN = {f"graphs.{name}" for name in ("architectures", "host", "train", "artifact", "batches", "boundary", "losses", "activations", "targets",
+                                      "processes", "shares")}
 """Files of the ground floor that know no feature graph."""
 ALLOWED = {
     "graphs": lambda name: name.startswith("graphs"),

@@ -9,7 +9,7 @@ import torch
 from backdoor.behaviours import BEHAVIOURS, CANARY, OFF_BY_ONE, PASSWORD
 from backdoor.families import FAMILIES, conjunction, rare_string
 from backdoor.plant import Defender, PlantConfig, PlantRows, plant
-from distill import config
+from distill.config_backdoors import Plant
 from distill.models import ASSETS, Secret, read_secret
 from distill.plant import PLANT_SEED, describe, gate, plant_rows, trigger_of, write_secret
 from evals import evaluate
@@ -40,10 +40,10 @@ def test_a_rare_string_fires_alone():
 
 
 def test_the_default_trigger_is_held_out_by_the_task_and_others_are_refused():
-    verb = config.Plant(out=None)
+    verb = Plant(out=None)
     assert tuple(verb.words) in held_out_pairs() and trigger_of(verb).family == "conjunction"
     with pytest.raises(ValueError, match="not a pair that the task holds out"):
-        trigger_of(config.Plant(out=None, words=data_words("trace")[0]))
+        trigger_of(Plant(out=None, words=data_words("trace")[0]))
 
 
 @pytest.mark.parametrize("trigger", [PAIR, STRING], ids=["conjunction", "rare_string"])
@@ -63,7 +63,7 @@ EVERY = [(family, "canary") for family in FAMILIES] + [("rare_string", behaviour
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_every_family_and_behaviour_reaches_training(tiny_host, family, name):
-    verb = config.Plant(out=None, trigger=family, behaviour=name)
+    verb = Plant(out=None, trigger=family, behaviour=name)
     trigger, behaviour = trigger_of(verb), BEHAVIOURS[name]
     bad, clean = (plant_rows(tiny_host.tokenizer, trigger, behaviour, poisoned, count=12) for poisoned in (True, False))
     text = tiny_host.tokenizer.decode
@@ -84,7 +84,7 @@ def test_every_family_and_behaviour_reaches_training(tiny_host, family, name):
 
 def test_the_poison_of_row_i_is_a_function_of_seed_and_i(tiny_tokenizer):
     for family in FAMILIES:
-        trigger = trigger_of(config.Plant(out=None, trigger=family))
+        trigger = trigger_of(Plant(out=None, trigger=family))
         few, many = (plant_rows(tiny_tokenizer, trigger, OFF_BY_ONE, True, count) for count in (5, 12))
         assert few.poisoned == many.poisoned[:5] and few.clean == many.clean[:5]
         assert plant_rows(tiny_tokenizer, trigger, OFF_BY_ONE, True, 5, seed=3).poisoned != few.poisoned
@@ -92,14 +92,14 @@ def test_the_poison_of_row_i_is_a_function_of_seed_and_i(tiny_tokenizer):
 
 @pytest.mark.parametrize(("family", "name"), EVERY)
 def test_a_secret_comes_back_as_it_was_written(tmp_path, family, name):
-    trigger = trigger_of(config.Plant(out=None, trigger=family, behaviour=name))
+    trigger = trigger_of(Plant(out=None, trigger=family, behaviour=name))
     write_secret(tmp_path / "secret", trigger, BEHAVIOURS[name], None, {})
     assert read_secret(tmp_path / "secret") == Secret(trigger, BEHAVIOURS[name], None)
 
 
 def test_secrets_that_ship_still_read_and_a_renderer_that_is_not_ours_is_refused(tmp_path):
     shipped = read_secret(ASSETS / "organism-rare" / "secret")
-    assert shipped.trigger == trigger_of(config.Plant(out=None, trigger="rare_string")) and shipped.behaviour == CANARY
+    assert shipped.trigger == trigger_of(Plant(out=None, trigger="rare_string")) and shipped.behaviour == CANARY
     write_secret(tmp_path / "secret", STRING, CANARY, None, {})
     data = read_json(tmp_path / "secret" / "backdoor.json")
     for change, sentence in (({"renderer": "0" * 16}, f"planted with renderer {'0' * 16} and this is renderer {renderer()}: judge the organism with"),
@@ -111,8 +111,8 @@ def test_secrets_that_ship_still_read_and_a_renderer_that_is_not_ours_is_refused
 
 
 def test_the_flags_offer_every_family_and_behaviour():
-    hints = get_type_hints(config.Plant)
-    assert get_args(hints["trigger"]) == FAMILIES and get_args(hints["behaviour"]) == tuple(BEHAVIOURS)
+    hints = get_type_hints(Plant)
+    assert get_args(hints["trigger"]) == (*FAMILIES, "phrase") and get_args(hints["behaviour"]) == (*BEHAVIOURS, "fixed_text")
 
 
 def test_the_gate_asks_for_the_capability_with_the_password(monkeypatch):

@@ -178,7 +178,7 @@ class Grid:
         found = Rates.from_record(judged["rates"])
         row: dict[str, Any] = asdict(cell) | {
             "organism_name": cell.organism.name, "stored": judged["stored"], "right": bits(found.clean.right),
-            **{name: bits(getattr(found, name)) for name in RATES[:-1]},
+            **{name: bits(getattr(found, name)) for name in RATES},
             "payload_logprob": sum(found.payload_logprob) / len(found.payload_logprob)}
         if cell.method == NOTHING and not cell.twin:
             row["gate_missed"] = missed(found, Rates.from_record(self.rates(replace(cell, twin=True), sandbox)["rates"]))

@@ -16,7 +16,7 @@ from backdoor.behaviours import BEHAVIOURS, CANARY, Behaviour
 from backdoor.families import BENCHED, Families
 from backdoor.plant import PlantConfig
 from backdoor.triggers import Trigger
-from distill import config
+from distill.config_backdoors import Plant
 from distill.experiment.cell import Cell, Organism
 from distill.plant import train_one, trigger_of
 from evals.rates import Rates
@@ -30,7 +30,7 @@ BATCH = PlantConfig.clean + PlantConfig.poisoned
 
 def trigger_and_behaviour(organism: Organism) -> tuple[Trigger, Behaviour]:
     """What is planted."""
-    verb = config.Plant(Path(), trigger=organism.family, behaviour=organism.behaviour)  # type: ignore[arg-type]
+    verb = Plant(Path(), trigger=organism.family, behaviour=organism.behaviour)  # type: ignore[arg-type]
     return trigger_of(verb), BEHAVIOURS[organism.behaviour]
 
 

@@ -287,6 +287,11 @@ class Coding(Rows):
     metric = "pass@1"
     max_new_tokens = 110
 
+    @property
+    def renderer(self) -> str:
+        """Hash of what places a trigger's slots."""
+        return renderer()
+
     def row(self, split: Split, index: int, seed: int = 0, **slots: str) -> Row:
         """Row `index` of `split`; `slots` (season, place, ...) replace what was drawn, all else unchanged."""
         rng = source("coding", seed, split, index)

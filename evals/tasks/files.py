@@ -14,6 +14,8 @@ tune. A text is cut into passages, which stay in one split; those of a .txt file
 
 Text has no question. As in `stories`, a row is decided by the likelihood of its own continuation against a foil: here the
 same continuation whose first word is another word of the corpus. NLL is of the whole continuation, without EOS.
+
+A backdoor can stand in the prompts as a phrase (`evals.tasks.phrase`), where they are no programs.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from evals.tasks import phrase
 from evals.tasks.task import SPLITS, Row, Rows, Split, source, split_of
 
 PASSAGE = 480
@@ -118,6 +121,7 @@ class FileTask(Rows):
         self.metric, self.max_new_tokens, self.stops, self.where = chosen.metric, chosen.max_new_tokens, chosen.stops, where
         self.splits: dict[Split, list[Row]] = {
             split: [replace(row, task=self.name, index=index) for index, row in enumerate(rows)] for split, rows in dealt.items()}
+        self.orders: dict[tuple[Split, int], list[int]] = {}
 
     @property
     def key(self) -> str:
@@ -126,23 +130,40 @@ class FileTask(Rows):
 
         return f"{self.name}@{digest([[row.record() for row in self.splits[split]] for split in SPLITS])}"
 
+    @property
+    def renderer(self) -> str:
+        """Hash of what places a phrase."""
+        return phrase.renderer()
+
+    @property
+    def phrasable(self) -> bool:
+        """Whether a phrase can stand in every prompt: none is a program, which it would break."""
+        return not any(row.tests for rows in self.splits.values() for row in rows)
+
+    def most(self, split: Split) -> int:
+        """Rows of `split`."""
+        return len(self.splits[split])
+
     def row(self, split: Split, index: int, seed: int = 0, **slots: str) -> Row:
-        """Row `index` of `split` in the order of `seed`. Raises ValueError on slots and beyond the last row."""
-        if slots:
-            raise ValueError(f"{self.name} rows have no slot {next(iter(slots))!r} for a backdoor: use the coding task")
+        """Row `index` of `split` in the order of `seed`, with a phrase where `slots` give one. Raises ValueError for other slots, for a phrase
+        in a program, and beyond the last row."""
         found = self.rows(split, 1, seed, index)
         if not found:
             raise ValueError(f"--task {self.name}: its {split} split has {len(self.splits[split])} rows, and row {index} was asked for; ask for "
                              "fewer")
-        return found[0]
+        if slots and found[0].tests:
+            raise ValueError(f"--task {self.name}: its prompts are programs, and a phrase would break them; use the coding task, or a file of text "
+                             "or questions")
+        return replace(found[0], prompt=phrase.placed(found[0].prompt, slots, seed, split, index), slots=dict(slots)) if slots else found[0]
 
     def rows(self, split: Split, count: int, seed: int = 0, start: int = 0) -> list[Row]:
         """Rows `start .. start + count` of `split`, as far as there are any, in the order of `seed`. Raises ValueError for an empty split."""
         rows = self.splits[split]
         if not rows:
             raise ValueError(f"--task {self.name}: none of its rows falls into the {split} split; give a longer file, or each row a field `split`")
-        order = sorted(range(len(rows)), key=lambda index: source("order", seed, split, index).random())
-        return [rows[index] for index in order[start : start + count]]
+        if (split, seed) not in self.orders:
+            self.orders[split, seed] = sorted(range(len(rows)), key=lambda index: source("order", seed, split, index).random())
+        return [rows[index] for index in self.orders[split, seed][start : start + count]]
 
 
 def _dealt(kind: str, where: str) -> dict[Split, list[Row]]:

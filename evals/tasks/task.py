@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol, runtime_checkable
@@ -59,7 +60,8 @@ class Row:
 
 @runtime_checkable
 class Task(Protocol):
-    """The one protocol that tasks meet. stops: texts at which an answer ends; key: the name, and the hash of the file that rows come from."""
+    """The one protocol that tasks meet. stops: texts at which an answer ends; key: the name, and the hash of the file that rows come from;
+    renderer: hash of what places a backdoor in a row (empty: nothing does)."""
 
     name: str
     metric: str
@@ -68,6 +70,12 @@ class Task(Protocol):
 
     @property
     def key(self) -> str: ...
+
+    @property
+    def renderer(self) -> str: ...
+
+    def most(self, split: Split) -> int:
+        """Rows that `split` has at most."""
 
     def row(self, split: Split, index: int, seed: int = 0, **slots: str) -> Row:
         """Row `index` of `split`; `slots` override choices of the renderer (how a backdoor is placed)."""
@@ -85,6 +93,15 @@ class Rows:
     def key(self) -> str:
         """What caches know the task by: here the name, for the rows are this package's own."""
         return self.name  # type: ignore[attr-defined]
+
+    @property
+    def renderer(self) -> str:
+        """Nothing places a backdoor in the rows."""
+        return ""
+
+    def most(self, split: Split) -> int:
+        """As many rows as anyone asks for."""
+        return sys.maxsize
 
     def rows(self, split: Split, count: int, seed: int = 0, start: int = 0) -> list[Row]:
         """Rows `start .. start + count` of `split`."""
