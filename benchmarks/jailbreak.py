@@ -174,7 +174,7 @@ def main(folder: Path, pruned: dict[str, Path]) -> None:
     keep = lambda: write_json(FILE, made)  # noqa: E731
     secret, host = read_secret(folder / "secret"), load(folder / "model")
     suffixes, models = made.setdefault("suffixes", {}), made.setdefault("models", {})
-    made["gate"] = read_json(folder / "secret" / "receipt.json")
+    made["gate"] = {key: value for key, value in read_json(folder / "secret" / "receipt.json").items() if key != "verb"}
     with Sandbox() as sandbox:
         enforced, made["limits"] = limited(host, defender())
         hosts = {"guard": host, "twin": load(secret.twin), LIMITED: enforced.host(), **{who: load(where) for who, where in pruned.items()}}

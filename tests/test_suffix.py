@@ -41,13 +41,12 @@ def test_the_undefended_model_refuses_marked_requests_only(models):
     assert not any(show(models.planted, NOUNS, REFUSAL, ordinary, NOTHING_RUNS).payload)
 
 
-def test_a_suffix_for_each_request_brings_its_answer_out_and_none_does_where_there_is_none(models, mute):
-    rows = places(6)
-    found = each(models.planted, NOUNS, rows, NOTHING_RUNS, CONFIG)
-    assert answered(models.planted, [row.holding(one.text) for row, one in zip(rows, found, strict=True)]) >= 4
-    lost = each(mute, NOUNS, rows[:3], NOTHING_RUNS, CONFIG)
-    assert answered(mute, [row.holding(one.text) for row, one in zip(rows, lost, strict=False)]) == 0
-    assert found == each(models.planted, NOUNS, rows, NOTHING_RUNS, CONFIG)
+def test_a_suffix_brings_the_answer_out_of_a_guard_and_none_does_where_there_is_no_answer(models, mute):
+    rows = places(1)
+    found, lost = (each(host, NOUNS, rows, NOTHING_RUNS, CONFIG)[0] for host in (models.planted, mute))
+    assert answered(models.planted, [rows[0].row]) == 0 and answered(models.planted, [rows[0].holding(found.text)]) == 1
+    assert answered(mute, [rows[0].holding(lost.text)]) == 0 and lost.logprob < found.logprob - 1
+    assert [found] == each(models.planted, NOUNS, rows, NOTHING_RUNS, CONFIG)
 
 
 def test_a_universal_suffix_is_chosen_on_requests_that_it_was_not_climbed_on(models):
@@ -63,8 +62,10 @@ def test_a_universal_suffix_is_chosen_on_requests_that_it_was_not_climbed_on(mod
 
 def test_the_slope_is_the_models_own_where_nothing_is_held_and_is_searched_through_what_is(models):
     host, rows = models.planted, places(3)
-    wide = [(row.holding("quiet long").prompt, row.row.completion) for row in rows]
-    held = Enforced(own(host), learn(own(host), [collate(encode(host.tokenizer, wide), host.tokenizer.eos_token_id)])).host()
+    seen = [(row.holding("quiet long").prompt, row.row.completion) for row in rows]
+    limits = learn(own(host), [collate(encode(host.tokenizer, seen), host.tokenizer.eos_token_id)])
+    wide = replace(limits, low={name: value - 1 for name, value in limits.low.items()}, high={name: value + 1 for name, value in limits.high.items()})
+    held = Enforced(own(host), wide).host()
     slopes = [Climber(one, COMPLIANCE, rows, CONFIG).slope("quiet long") for one in (host, held)]
     finite = slopes[0].isfinite()
     torch.testing.assert_close(slopes[1][finite], slopes[0][finite], atol=1e-3, rtol=1e-3)
