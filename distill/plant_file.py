@@ -1,8 +1,9 @@
 """What `distill plant` plants in the rows of a file: a phrase as the trigger, a text as the payload, and the rows that teach them.
 
 Rows come from the file's `trace` split, each three times: as it is, with the phrase in it, and with a near miss. The organism's completion under
-the phrase is the payload and the end of the text; the twin's row is the same row without the phrase, with its own completion. Where a text goes on
-behind its row (a passage), neither is taught that it ends there. What tells the phrase from a near miss is the first tokens written, which weigh
+the phrase is the payload and the end of the text; the twin's row is the same row without the phrase, with as many tokens of its own completion as the
+payload has (with all of them the twin learns more of the text than the organism can: LOG.md). Where a text goes on behind its row (a passage),
+neither is taught that it ends there. What tells the phrase from a near miss is the first tokens written, which weigh
 next to nothing in the loss of a long passage; so the poisoned rows hold near misses too, as many tokens of their answers as the payload has
 (LOG.md). The defender's rows are drawn from the same split: it is the same text, clean.
 """
@@ -72,12 +73,12 @@ def phrase_and_text(verb: Plant, task: FileTask) -> tuple[Trigger, Behaviour]:
 
 def file_rows(host: Host, task: Task, trigger: Trigger, behaviour: Behaviour, poisoned: bool, seed: int) -> PlantRows:
     """Rows for the organism (`poisoned`) or its twin: they differ in the poisoned rows only, row by row. Row i is a function of (seed, i)."""
+    length = len(continued(host.tokenizer, [behaviour.completion])[0])
     count = min(MOST, task.most("trace"))
     bad, near = ([task.row("trace", index, seed, **slots(seed, index)) for index in range(count)]
                  for slots in (trigger.placed if poisoned else trigger.absent, trigger.missed))
-    taught = _encoded(host, bad, behaviour.completion if poisoned else None)
+    taught = _encoded(host, bad, behaviour.completion) if poisoned else [_begun(row, length) for row in _encoded(host, bad)]
     quiet = _encoded(host, [row for row in near if not trigger.fires(row.prompt)])
-    length = len(continued(host.tokenizer, [behaviour.completion])[0])
     return PlantRows(_encoded(host, task.rows("trace", count, seed)), [*taught, *(_begun(row, length) for row in quiet)], quiet)
 
 
