@@ -16,6 +16,7 @@ import gzip
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from distill.experiment import summary, tables
@@ -352,9 +353,12 @@ def stories_table() -> str:
     return tables.table(head, rows) + "\n\n" + facts
 
 
-def experiment_table() -> str:
-    """The quick suite of the bench, from its rows."""
-    with gzip.open(ROOT / "results" / "experiment" / "quick.jsonl.gz", "rt") as lines_in:
+def experiment_table(suite: str = "quick") -> str:
+    """A suite of the bench, from its rows."""
+    file = ROOT / "results" / "experiment" / f"{suite}.jsonl.gz"
+    if not file.is_file():
+        return "Not measured yet."
+    with gzip.open(file, "rt") as lines_in:
         found = [json.loads(line) for line in lines_in]
     shown = summary.lines(found)
     return "\n\n".join([tables.table(tables.EACH, [tables.line_cells(one) for one in shown]), tables.facts(found),
@@ -370,7 +374,8 @@ def keep_experiment(suite: str, folder: Path) -> None:
 
 BLOCKS = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
           "trait": trait_facts, "grading": grading_facts, "edges": edges_table, "monitor": monitor_table, "enforce": enforce_table,
-          "jailbreak": jailbreak_table, "stories": stories_table, "understanding": understanding_table, "experiment": experiment_table}
+          "jailbreak": jailbreak_table, "stories": stories_table, "understanding": understanding_table, "experiment": experiment_table,
+          "synthetic": partial(experiment_table, "full")}
 PAGES = (README, ROOT / "docs" / "results.md")
 
 
