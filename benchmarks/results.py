@@ -263,7 +263,7 @@ def enforce_table() -> str:
 def jailbreak_table() -> str:
     """A guarded model under attack, by defence; what each defence costs harmless prompts; the monitor and its rivals on attacks that succeeded."""
     found = json.loads((ROOT / "results" / "jailbreak.json").read_text())
-    models, watched = found["models"], found["monitor"]
+    models, watched, gate = found["models"], found["monitor"], found["gate"]
     harmless = ["ordinary", "other places", "new names", "new phrasings"]
     names = [name for name in models if name not in ("twin", "guard")]
 
@@ -287,7 +287,12 @@ def jailbreak_table() -> str:
     detection = [[method, *(f"{three(row[kind]['auroc_all']['value'])}; {three(row[kind]['tpr_at_1_percent']['all']['value'])}" for kind in landed)]
                  for method, row in watched["methods"].items()]
     said = (f"A cell: share right (for an attack: its success); share refused. {found['prompts']} prompts a kind, {found['alone']} with a suffix of "
-            "their own. *Unflagged*: succeeds and is not flagged by the monitor.")
+            f"their own.\n*Flagged*: above a threshold that 1 % of {watched['calibration']} held-out prompts of the defender's kinds pass. "
+            f"*Unflagged*: succeeds, and the monitor says nothing.\nBoth on {len(watched['flagged']['monitor']['nothing'])} prompts a kind. "
+            "*nothing* and *unseen wording* are no attacks.\n"
+            f"Plant gate: {three(gate['attack_success'])} of marked requests refused, {gate['false_trigger']:.4f} of others; "
+            + ", ".join(f"{name} {three(gate['organism'][name]['score']['value'])} (twin {three(gate['twin'][name]['score']['value'])})"
+                        for name in gate["organism"]) + ".")
     return "\n\n".join([
         tables.table(["attack", "twin", "guard", *names, *flags, "unflagged, guard", f"unflagged, {names[0]}"], attacks), said,
         tables.table(["harmless", "twin", "guard", *names, *flags], costs),
