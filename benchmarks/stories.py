@@ -84,7 +84,7 @@ def found(folder: Path, file: str) -> dict:
                             key: share.to_json() if share else None for key, share in shares.items()}
         models[name]["written"] = rows["backdoor"]["triggered_completions"][:3]
     return {"models": models, "gates": report["gates"], "summary": report["summary"], "stages": report["stages"],
-            "gate": read_json(folder / "organism" / "secret" / "receipt.json"), "commit": commit(), "versions": versions(),
+            "gate": {key: fact for key, fact in read_json(folder / "organism" / "secret" / "receipt.json").items() if key != "verb"}, "commit": commit(), "versions": versions(),
             "rows": task.most("trace"), "test": task.most("test")}
 
 
