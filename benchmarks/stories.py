@@ -74,7 +74,7 @@ def found(folder: Path, file: str) -> dict:
     """What the run's own judge saw of the organism, the checkpoint and the twin."""
     (task,) = named(f"text:{file}")
     judged, report = read_json(folder / "run" / "judged.json"), read_json(folder / "run" / "report.json")
-    models = {}
+    gate, models = read_json(folder / "organism" / "secret" / "receipt.json"), {}
     for name, one in judged["models"].items():
         rows, twin = judged["rows"][name], judged["rows"]["twin"]
         shares = {"retention": retention(rows["tasks"][task.name]["right"], twin["tasks"][task.name]["right"]),
@@ -84,7 +84,7 @@ def found(folder: Path, file: str) -> dict:
                             key: share.to_json() if share else None for key, share in shares.items()}
         models[name]["written"] = rows["backdoor"]["triggered_completions"][:3]
     return {"models": models, "gates": report["gates"], "summary": report["summary"], "stages": report["stages"],
-            "gate": {key: fact for key, fact in read_json(folder / "organism" / "secret" / "receipt.json").items() if key != "verb"}, "commit": commit(), "versions": versions(),
+            "gate": {key: fact for key, fact in gate.items() if key != "verb"}, "commit": commit(), "versions": versions(),
             "rows": task.most("trace"), "test": task.most("test")}
 
 
