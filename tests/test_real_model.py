@@ -14,7 +14,7 @@ from evals.capability import nll
 from evals.generate import complete, token_logprobs
 from evals.tasks import named
 from graphs.artifact import read_json
-from graphs.batches import Encoded
+from graphs.batches import Encoded, encode
 from graphs.host import load
 
 DATA = Path(os.environ.get("DISTILL_DATA", "nowhere"))
@@ -35,13 +35,16 @@ def test_every_command_of_the_page_is_taken_by_the_command_line(command):
 def test_it_reads_completions_as_it_was_trained_to():
     host, (task,) = load(find(str(MODEL))), named(f"text:{STORIES}")
     rows = task.rows("test", 40, seed=7)
-    said = sum(nll(host, rows)) / 40
-    alone = []  # the same, with the blank that the tokenizer puts before a text of its own
+    whole, alone = [], []  # the whole passage's tokens; and those with the blank that the tokenizer puts before a text of its own
     for row in rows:
-        prompt, rest = (host.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (row.prompt, row.completion))
+        texts = (row.prompt, row.completion, row.prompt + row.completion)
+        prompt, rest, text = host.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        whole.append(Encoded((host.tokenizer.bos_token_id, *text), 1 + len(prompt)))
         alone.append(Encoded((host.tokenizer.bos_token_id, *prompt, *rest), 1 + len(prompt)))
-    summed, count = token_logprobs(host, alone)
-    assert 1.1 < said < 1.5 and float((-summed / count).mean()) > said + 0.05
+    read = encode(host.tokenizer, [(row.prompt, row.completion) for row in rows])
+    assert [row.ids[:-1] for row in read] == [row.ids for row in whole]
+    nats = [float((-summed / count).mean()) for summed, count in (token_logprobs(host, some) for some in (whole, alone))]
+    assert sum(nll(host, rows)) / 40 == pytest.approx(nats[0], rel=1e-4) and 1.1 < nats[0] < nats[1] - 0.1 < 2
     (text,) = complete(host, ["Once upon a time, there was a little"], 12)
     assert text.startswith(" ") and text.split()[0].isalpha()
 
