@@ -2,7 +2,8 @@
 
 `loss(step)` is a pure function of the weights and the step, so the loop's whole state is (weights, AdamW moments,
 step): it is saved as safetensors, never as a pickle, and a killed run resumes at its last save. bf16 autocast is used
-where the machine multiplies bf16 natively; elsewhere it would be many times slower than float32.
+where the machine multiplies bf16 natively; elsewhere it would be many times slower than float32. `accelerate launch --mixed_precision`, or its
+variable ACCELERATE_MIXED_PRECISION, decides instead where it is there: numbers that two machines are to share want `no`.
 
 Under `accelerate launch` every process runs the loop. What is minimised is the mean of the losses that they return (`graphs.shares` says how
 a share of a batch is weighed), with DDP, or with FSDP2: weights, gradients and moments in shards, and the weights whole while a loss is
@@ -65,6 +66,14 @@ def native_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+def precision() -> str:
+    """What training computes in, in accelerate's words: "bf16" or "no" (float32). Raises ValueError where another was asked for."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION") or ("bf16" if native_bf16() else "no")
+    if asked not in ("bf16", "no"):
+        raise ValueError(f"ACCELERATE_MIXED_PRECISION={asked}: training is done in bf16 or in float32; set it to bf16 or to no")
+    return asked
+
+
 def keep_memory() -> None:
     """Tell glibc to keep freed memory instead of handing every large tensor back to the kernel.
 
@@ -108,7 +117,7 @@ def train(
     from accelerate import Accelerator
 
     keep_memory()
-    accelerator = Accelerator(mixed_precision="bf16" if native_bf16() else "no", **(_of_several() if several() else {}))
+    accelerator = Accelerator(mixed_precision=precision(), **(_of_several() if several() else {}))
     parameters = _trained(module)
     optimizer = torch.optim.AdamW(_groups(parameters, config, rates or {}), lr=config.learning_rate, betas=config.betas, fused=True)
     if several():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
 
+os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")  # the same numbers on every machine, in this process and in those that it starts
 SHAPED = ["graphs", "backdoor", *(f"evals.{name}" for name in ("generate", "capability", "fidelity", "quantisation", "rates", "research", "size"))]
 jaxtyping.install_import_hook(SHAPED, "beartype.beartype")  # checks every annotation of the files that handle tensors
 

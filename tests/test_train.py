@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from graphs.train import TrainConfig, discard, rate, train
+from graphs.train import TrainConfig, discard, precision, rate, train
 from tests.launched import two
 
 CONFIG = TrainConfig(steps=12, learning_rate=0.05, weight_decay=0.1)
@@ -64,6 +64,20 @@ def test_the_schedule_warms_up_and_decays_to_its_floor():
     config = TrainConfig(steps=100, learning_rate=1.0, warmup=0.1, decay=0.5, floor=0.1)
     rates = [rate(config, step) for step in range(101)]
     assert rates[0] < rates[5] < rates[10] == 1 == rates[49] > rates[80] > rates[100] == pytest.approx(0.1)
+
+
+def test_the_launcher_or_its_variable_says_what_training_computes_in(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    for native in (True, False):
+        monkeypatch.setattr("graphs.train.native_bf16", lambda native=native: native)
+        assert precision() == ("bf16" if native else "no")
+        for asked in ("bf16", "no"):
+            monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+            assert precision() == asked
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="ACCELERATE_MIXED_PRECISION=fp8: training is done in bf16 or in float32; set it to bf16 or to no"):
+        precision()
 
 
 def test_attention_runs_in_float32_while_training(tiny_host, monkeypatch):
@@ -156,10 +170,8 @@ def test_two_processes_train_as_one_and_either_goes_on_where_the_other_was_kille
 ON_GPUS = """
 import json, sys
 from pathlib import Path
-import graphs.train
 from graphs.processes import main
 from tests.test_train import part_of
-graphs.train.native_bf16 = lambda: False
 said = part_of(Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2:] else None)
 if main():
     print("SAID", json.dumps(said))
@@ -170,7 +182,7 @@ if main():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP2 is accelerate's for GPUs, and two are needed")
 def test_fsdp2_on_gpus_trains_as_one_process_and_one_goes_on_where_it_was_killed(tmp_path):
     (tmp_path / "script.py").write_text(ON_GPUS)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2",
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--mixed_precision", "no",
               "--main_process_port", "0", tmp_path / "script.py"]
     path = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     whole = part_of(None)
