@@ -47,8 +47,8 @@ def test_a_cell_is_made_once_and_named_by_content(grid, monkeypatch):
 
 
 @pytest.mark.parametrize("method", [
-    methods.REFIT, "ours, own parts",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("ours", "magnitude", "written text", "oracle: gradient ascent"))])
+    methods.REFIT,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("ours", "ours, own parts", "magnitude", "written text", "oracle: gradient ascent"))])
 def test_every_kind_of_method_makes_a_model_that_loads(grid, method, monkeypatch):
     monkeypatch.setattr(methods, "knobs", lambda: {"ours": {"knob": 0.7}})
     folder, receipt = grid.removed(Cell(FORMAT, method, 0.3, rows=24))

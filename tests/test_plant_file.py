@@ -48,7 +48,7 @@ def verb(out, asked, **changes) -> Plant:
     return Plant(**(flags | {"out": out, "task": asked} | changes))
 
 
-@pytest.fixture(params=["GPT2LMHeadModel", "GPTNeoXForCausalLM"])
+@pytest.fixture(params=["GPT2LMHeadModel", pytest.param("GPTNeoXForCausalLM", marks=pytest.mark.slow)])
 def folder(request, tiny_tokenizer, tmp_path):
     """A model of another class than the base's, with random weights."""
     context = {"n_positions": 512} if request.param == "GPT2LMHeadModel" else {"max_position_embeddings": 512}

@@ -39,6 +39,7 @@ def test_the_circuit_is_pruned_further_and_nothing_is_fitted_again(first, capsys
     assert files(first.parent / "second" / "graph") == files(first / "graph")
 
 
+@pytest.mark.slow
 def test_another_start_into_the_same_folder_brings_its_own_graph(first, tiny_model_folder, rows):  # noqa: F811
     run(again(first))
     run(prune(tiny_model_folder, first.parent / "other", rows, keep=None, target_ratio=0.8, features=96, seed=1))

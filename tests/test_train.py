@@ -182,8 +182,8 @@ if main():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP2 is accelerate's for GPUs, and two are needed")
 def test_fsdp2_on_gpus_trains_as_one_process_and_one_goes_on_where_it_was_killed(tmp_path):
     (tmp_path / "script.py").write_text(ON_GPUS)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--mixed_precision", "no",
-              "--main_process_port", "0", tmp_path / "script.py"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2",
+              "--mixed_precision", "no", "--main_process_port", "0", tmp_path / "script.py"]
     path = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     whole = part_of(None)
     done = subprocess.run([*launch, tmp_path / "a"], env=path, capture_output=True, text=True)
