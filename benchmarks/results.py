@@ -349,14 +349,16 @@ def stories_table() -> str:
     head = ["model", "next word", "NLL", "ASR", "sampled ASR", "R-Acc", "NLL under the phrase", "FTR", "parameters"]
     known = dict.fromkeys(("attack_success", "attack_success_sampled", "right_under_trigger", "nll_under_trigger", "false_trigger"))
     rows = [line("as it came", known | made["before"] | {"stored": made["models"]["organism"]["stored"]})]
-    rows += [line(title, made["models"][name]) for name, title in (("organism", "organism"), ("checkpoint", "ours"), ("twin", "clean twin"))]
+    ours = {"checkpoint": "ours", "own": "ours, own parts"}
+    rows += [line(title, made["models"][name]) for name, title in ({"organism": "organism"} | ours | {"twin": "clean twin"}).items()]
     nothing = {"nll": None, "nll_under_trigger": None}
     rows += [line(row["name"], nothing | row | {"score": row["pass_at_1"], "stored": row["params"]}) for row in made["controls"]]
-    ours, summary = made["models"]["checkpoint"], made["summary"]
-    shares = [cell(ours[key]) for key in ("retention", "right_under_trigger_retention")]
+    summary = made["summary"]
+    shared = {title: [cell(made["models"][name][key]) for key in ("retention", "right_under_trigger_retention")] for name, title in ours.items()}
+    shares = "; ".join(f"{title}: retention {kept}, R-Acc {right}" for title, (kept, right) in shared.items())
     seconds = ", ".join(f"{step} {'not measured' if took is None else f'{took:.0f}'}" for step, took in made["seconds"].items())
-    facts = (f"{summary['rows']:,} clean passages learnt from, {summary['steps']} steps; at most 200 test passages a rate. Ours / twin's: "
-             f"retention {shares[0]}, R-Acc {shares[1]}. Processor seconds: {seconds}. Commit {made['commit']}.")
+    facts = (f"{summary['rows']:,} clean passages learnt from, {summary['steps']} steps; at most 200 test passages a rate. Shares of the "
+             f"twin's: {shares}. Processor seconds: {seconds}. Commit {made['commit']}.")
     return tables.table(head, rows) + "\n\n" + facts
 
 

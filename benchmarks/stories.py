@@ -40,6 +40,9 @@ COMMANDS = {
               "--out FOLDER/organism"),
     "prune": ("run/report.json", "distill prune --model FOLDER/organism/model --task text:FILE --features 256 --batch 16 --fit-steps 150 "
               "--joint-steps 50 --gate-steps 40 --heal-tokens 600000 --target-ratio 0.75 --tune-rows 200 --prompts 200 --out FOLDER/run"),
+    "prune own parts": ("own/report.json", "distill prune --model FOLDER/organism/model --task text:FILE --basis neurons --attention kept "
+                        "--target own --batch 16 --fit-steps 0 --joint-steps 0 --gate-steps 40 --heal-tokens 600000 --target-ratio 0.75 "
+                        "--tune-rows 200 --prompts 200 --out FOLDER/own"),
     "evaluate": ("evaluated.txt", "distill evaluate --model FOLDER/run/checkpoint --reference FOLDER/organism/twin --secret FOLDER/organism/secret "
                  "--task text:FILE --prompts 200"),
 }
@@ -71,21 +74,28 @@ def run(model: str, file: str, folder: Path) -> dict[str, float | None]:
 
 
 def found(folder: Path, file: str) -> dict:
-    """What the run's own judge saw of the organism, the checkpoint and the twin."""
+    """What the first run's own judge saw of the organism, the checkpoint and the twin, and the second's of its checkpoint."""
     (task,) = named(f"text:{file}")
-    judged, report = read_json(folder / "run" / "judged.json"), read_json(folder / "run" / "report.json")
-    gate, models = read_json(folder / "organism" / "secret" / "receipt.json"), {}
+    report, gate = read_json(folder / "run" / "report.json"), read_json(folder / "organism" / "secret" / "receipt.json")
+    models = seen(folder / "run", task.name) | {"own": seen(folder / "own", task.name)["checkpoint"]}
+    gates = {"checkpoint": report["gates"], "own": read_json(folder / "own" / "report.json")["gates"]}
+    return {"models": models, "gates": gates, "summary": report["summary"], "stages": report["stages"],
+            "gate": {key: fact for key, fact in gate.items() if key != "verb"}, "commit": commit(), "versions": versions(),
+            "rows": task.most("trace"), "test": task.most("test")}
+
+
+def seen(run: Path, task: str) -> dict[str, dict]:
+    """The models that a run's judge saw, by name."""
+    judged, models = read_json(run / "judged.json"), {}
     for name, one in judged["models"].items():
         rows, twin = judged["rows"][name], judged["rows"]["twin"]
-        shares = {"retention": retention(rows["tasks"][task.name]["right"], twin["tasks"][task.name]["right"]),
+        shares = {"retention": retention(rows["tasks"][task]["right"], twin["tasks"][task]["right"]),
                   "right_under_trigger_retention": retention(rows["backdoor"]["right_under_trigger"], twin["backdoor"]["right_under_trigger"])}
-        models[name] = {"score": one["tasks"][task.name]["score"], "nll": one["tasks"][task.name]["nll"], "stored": one["size"]["stored"],
+        models[name] = {"score": one["tasks"][task]["score"], "nll": one["tasks"][task]["nll"], "stored": one["size"]["stored"],
                         "embeddings": one["size"].get("embeddings")} | {key: one["backdoor"][key] for key in RATES} | {
                             key: share.to_json() if share else None for key, share in shares.items()}
         models[name]["written"] = rows["backdoor"]["triggered_completions"][:3]
-    return {"models": models, "gates": report["gates"], "summary": report["summary"], "stages": report["stages"],
-            "gate": {key: fact for key, fact in gate.items() if key != "verb"}, "commit": commit(), "versions": versions(),
-            "rows": task.most("trace"), "test": task.most("test")}
+    return models
 
 
 def before(model: str, file: str) -> dict:

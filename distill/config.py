@@ -75,7 +75,8 @@ class Prune(Fit):
     gate_steps: int = 80
     """Batches of gate training (0: the score alone ranks the nodes)."""
     heal_tokens: int | None = None
-    """Tokens of healing (0: none); by default 1,600,000 for one task, 3,200,000 for several, and a tenth of that after --start."""
+    """Tokens of healing (0: none); by default 1,600,000 for one task, 3,200,000 for several, and after --start a
+    tenth of that, or none where the cut costs next to nothing."""
     heal_decay: float = 0.7
     """Weight decay while healing: what clean rows do not ask for fades (LOG.md)."""
     tune_rows: int = 500

@@ -78,6 +78,7 @@ def stages(data: Epochs, verb: config.Prune) -> list[Stage]:
     first = data.steps(verb.healing, before)
     learned = data.tokens(fitted + gated) - data.tokens(fitted)
     how = "the size that the budget buys" if verb.budget else "the first size; each smaller one takes a third as much, until one fails on tune"
+    how += "; none where the cut costs next to nothing" if verb.start and verb.heal_tokens is None else ""
     return [
         Stage("fit", f"taken over from {verb.start}" if verb.start else "every site from noise, then all together", fitted, data.tokens(fitted)),
         Stage("gates", f"taken over from {verb.start}" if verb.start else "which nodes matter", gated, learned),

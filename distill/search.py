@@ -7,8 +7,9 @@ trees", section 3.4.3): the smallest of several that just pass on tune fails on 
 LOG.md.) To go below the first rung that passes, a circuit must besides still answer the asked share of the rows that the model itself
 answers rightly: new right answers on tune make up for lost ones there, not on test (LOG.md). A budget names one size, and that one is healed.
 
-`--start RUN` begins with the circuit that another run has healed, and only prunes further: what was healed once needs a tenth of the
-tokens to be healed again.
+`--start RUN` begins with the circuit that another run has healed, and only prunes further. Where that leaves it nearly as close to the model as it
+was, on tune, it is left so: healing at the rate that a fresh circuit needs would cost more than it mends (LOG.md). Elsewhere what was healed
+once needs a tenth of the tokens to be healed again; `--heal-tokens` decides instead where it is given.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ MARGIN = 2.0
 """Standard errors that a rung must have to spare on tune."""
 RUNGS = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 """Shares of the fitted width that the search for the smallest circuit steps through."""
+NEAR = 1.5
+"""A circuit that `--start` prunes further is not healed where its KL to the model on tune is at most so many times what it was."""
 AGAIN = 3
 """A circuit that is pruned further is healed with one part in this of the healing."""
 
@@ -128,14 +131,17 @@ class Search:
         """`best` pruned to `size` and healed again."""
         then = kept_nodes(within(self.order, best.kept), size)
         circuit = absorbed(best.circuit, inside(best.kept, then, size.per), moments(best.circuit, self.job.data), self.components)
-        return self.heal(size, then, circuit, steps, best.losses)
+        near = NEAR * best.kl["healed"] if self.verb.start and self.verb.heal_tokens is None else 0.0
+        return self.heal(size, then, circuit, steps, best.losses, near)
 
-    def heal(self, size: Size, kept: dict[str, Tensor], circuit: Replacement, steps: int, before: list[float]) -> Healed:
-        """Heal a circuit that was just cut out, and judge it. before: losses of the healing that led to it."""
+    def heal(self, size: Size, kept: dict[str, Tensor], circuit: Replacement, steps: int, before: list[float], near: float = 0.0) -> Healed:
+        """Heal a circuit that was just cut out, unless it is as near to the model as that, and judge it. before: losses of the healing that led
+        to it; near: nats a completion token."""
         host, label = self.job.host, f"heal {size}"
         pruned = divergence_from(host, circuit, self.followed)
         state = self.state.with_suffix(f".{size.key}")
-        losses = distill(self.job.targets, circuit, steps, HEAL_RATE, PROMPT_WEIGHT, label, state, self.trained, self.verb.heal_decay)
+        losses = [] if pruned <= near else distill(self.job.targets, circuit, steps, HEAL_RATE, PROMPT_WEIGHT, label, state, self.trained,
+                                                   self.verb.heal_decay)
         found, still = self.tuner.retention(circuit.host())
         certain = min(share - MARGIN * error for share, error in found.values())
         kl = {"pruned": pruned, "healed": divergence_from(host, circuit, self.followed)}

@@ -24,7 +24,7 @@ from distill import config
 from distill.compile import compile_circuit, home, parity, reload_gate
 from distill.job import Job, fit_settings, gate_settings
 from distill.rows import tune_rows
-from distill.search import AGAIN, HEAL_RATE, MARGIN, RUNGS, Search, Tuner, divergence_from, measure
+from distill.search import AGAIN, HEAL_RATE, MARGIN, NEAR, RUNGS, Search, Tuner, divergence_from, measure
 from evals.sandbox import Sandbox
 from graphs.artifact import digest, read_json, stage
 from graphs.batches import collate
@@ -118,7 +118,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
     becomes = home(job.host.model, verb.target, verb.basis != "features")
     tasks = [task.key for task in job.tasks]
     settings = (tasks, FOLLOWED, HEAL_RATE, verb.share, verb.budget, becomes, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN, AGAIN)
-    key = digest(gated["key"], settings, verb.start and read_json(verb.start / "circuit" / "receipt.json")["key"])
+    key = digest(gated["key"], settings, verb.start and (NEAR, read_json(verb.start / "circuit" / "receipt.json")["key"]))
     state = job.work / f"heal-{key}"
     receipt, cached = stage(job.folder / "circuit", key, make)
     discard(state)

@@ -30,10 +30,10 @@ def scripted(search: Search, passing: set[int], monkeypatch, still: float = 1.0)
     """Let rungs of these widths pass, without training; returns the (features, batches) of what is healed, as it happens."""
     seen = []
 
-    def heal(self, size, kept, circuit, steps, before):
+    def heal(self, size, kept, circuit, steps, before, near=0.0):
         seen.append((size.features, steps))
         self.tried.append({"share": size.share, "features": size.features})
-        return Healed(size, kept, circuit, {}, 1.0 if size.features in passing else 0.0, still, [], {})
+        return Healed(size, kept, circuit, {}, 1.0 if size.features in passing else 0.0, still, [], {"healed": 0.0})
 
     monkeypatch.setattr(Search, "heal", heal)
     return seen

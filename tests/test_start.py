@@ -56,6 +56,16 @@ def test_no_healing_leaves_what_was_healed_before(first):
     assert made["kl"]["pruned"] == pytest.approx(made["kl"]["healed"])
 
 
+def test_a_cut_that_costs_next_to_nothing_is_healed_only_where_tokens_were_asked_for(first, monkeypatch):
+    monkeypatch.setattr("distill.search.NEAR", 1e9)
+    before = len(read_json(first / "report.json")["losses"]["heal"])
+    for tokens, name in ((None, "near"), (1000, "asked")):
+        run(again(first, heal_tokens=tokens, out=first.parent / name))
+    near, asked = (read_json(first.parent / name / "report.json") for name in ("near", "asked"))
+    assert len(near["losses"]["heal"]) == before < len(asked["losses"]["heal"])
+    assert near["kl"]["pruned"] == near["kl"]["healed"] and asked["kl"]["pruned"] != asked["kl"]["healed"]
+
+
 def test_settings_are_those_of_the_other_run(first):
     run(again(first))
     config_of = [read_json(folder / "receipt.json")["config"] for folder in (first, first.parent / "second")]
