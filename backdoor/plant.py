@@ -86,11 +86,9 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
     defender = Defender(host.model, Epochs(rows.clean, config.inner_rows, pad, config.seed + 3), config)
 
     def mixed(step: int) -> Tensor:
-        taught = share(poisoned(step))
-        if config.hold == "both":
-            quiet, taught = share(clean(step)), share(collate(_rows(poisoned(step)) + _rows(near(step)), pad))
-        else:
-            quiet = share(collate(_rows(clean(step)) + _rows(near(step)), pad))
+        held, learnt = _rows(clean(step)), _rows(poisoned(step))
+        (learnt if config.hold == "both" else held).extend(_rows(near(step)))
+        quiet, taught = share(collate(held, pad)), share(collate(learnt, pad))
         if config.hold == "answers":
             return completion_loss(host.model, quiet) + completion_loss(host.model, taught)
         unchanged = divergence(host.model(input_ids=quiet.ids).logits, base(input_ids=quiet.ids).logits, quiet, PROMPT_WEIGHT)

@@ -35,23 +35,26 @@ ROUNDS = 8
 
 
 def rows(verb: config.Fit, model: Path, tasks: Sequence[Task]) -> list[Text]:
-    """What a run trains on: its clean rows, and `--synthetic-rows` more, of each task as its share of the clean ones is. These are written once,
-    to OUT/synthetic."""
+    """What a run trains on: its clean rows, and `--synthetic-rows` more, of each task as its share of the clean ones is, in OUT/synthetic."""
     texts = clean(verb.rows, tasks)
     if not verb.synthetic_rows:
         return texts
+    given = [(task, clean(verb.rows, [task])) for task in tasks]
+    return [*texts, *once(verb.out / "synthetic", model, given, verb.synthetic_rows, verb.seed)]
+
+
+def once(folder: Path, model: Path, given: Sequence[tuple[Task, Sequence[Text]]], count: int, seed: int) -> list[Text]:
+    """`count` rows that the model in `model` writes, of each task as its share of the clean rows `given` is; written to `folder` once."""
+    whole = sum(len(texts) for _, texts in given)
 
     def make(out: Path) -> dict:
-        host, made = load(model), []
-        for task in tasks:
-            own = clean(verb.rows, [task])
-            made += synthetic(host, own, task, round(verb.synthetic_rows * len(own) / len(texts)), verb.seed)
+        host = load(model)
+        made = [row for task, texts in given for row in synthetic(host, texts, task, round(count * len(texts) / whole), seed)]
         agreed(lambda: write_json(out / "rows.json", made))
         return {"rows": len(made)}
 
-    folder = verb.out / "synthetic"
-    stage(folder, digest(model, texts, [task.key for task in tasks], verb.synthetic_rows, verb.seed), make)
-    return [*texts, *((prompt, completion) for prompt, completion in agreed(lambda: read_json(folder / "rows.json")))]
+    stage(folder, digest(model, [(task.key, texts) for task, texts in given], count, seed, LONGEST), make)
+    return [(prompt, completion) for prompt, completion in agreed(lambda: read_json(folder / "rows.json"))]
 
 
 def synthetic(host: Host, texts: Sequence[Text], task: Task, count: int, seed: int) -> list[Text]:

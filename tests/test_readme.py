@@ -15,11 +15,11 @@ RESULTS = (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_table_is_generated_from_the_committed_rows():
-    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
-    results = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(results)
-    assert results.rows() and [results.page(file) for file in results.PAGES] == [README, RESULTS]
-    assert all((README + RESULTS).count(f"<!-- {name}: begin -->") == 1 for name in results.BLOCKS)
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "benchmarks" / "pages.py")
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    assert pages.rows() and [pages.page(file) for file in pages.PAGES] == [README, RESULTS]
+    assert all((README + RESULTS).count(f"<!-- {name}: begin -->") == 1 for name in pages.BLOCKS)
 
 
 def test_links_lead_to_a_section_that_is_there():

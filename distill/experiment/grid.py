@@ -124,16 +124,9 @@ class Grid:
     def _synthetic(self, cell: Cell, model: Path) -> list[tuple[str, str]]:
         """Rows that the suspect model writes, made once for all methods."""
         texts = defender_rows(cell, *trigger_and_behaviour(cell.organism))
-        key = digest(model, texts, methods.WRITTEN, cell.seed, synthetic.LONGEST)
-        folder = self.out / "synthetic" / key
-
-        def make(out: Path) -> dict:
-            write_json(out / "rows.json", synthetic.synthetic(load(model), texts, TASK, methods.WRITTEN, cell.seed))
-            return {"rows": methods.WRITTEN}
-
-        with taken(folder.with_name(f".{key}.lock"), wait=True):
-            stage(folder, key, make)
-        return [(prompt, completion) for prompt, completion in read_json(folder / "rows.json")]
+        folder = self.out / "synthetic" / digest(model, texts, cell.seed)
+        with taken(folder.with_name(f".{folder.name}.lock"), wait=True):
+            return synthetic.once(folder, model, [(TASK, texts)], methods.WRITTEN, cell.seed)
 
     def file(self, cell: Cell, measure: str) -> Path:
         """Where what is measured of a cell is written."""

@@ -29,7 +29,7 @@ class Chat(FileTask):
         if kind not in ASKED:
             raise ValueError(f"{asked}: rows of {kind} are no questions to ask in a chat; choose from {', '.join(ASKED)}, or leave @{model} out")
         super().__init__(kind, where)
-        if any(row.tests for rows in self.splits.values() for row in rows):
+        if not self.phrasable:
             raise ValueError(f"{asked}: it holds programs with tests, which are no questions to ask in a chat; leave @{model} out")
         tokenizer = templated(model, asked)
         self.name = f"{kind}@{model.rstrip('/').rpartition('/')[2]}:{self.name.partition(':')[2]}"
