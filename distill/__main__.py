@@ -10,6 +10,7 @@ import errno
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 from distill import config, config_backdoors, config_doctor, config_enforce, config_experiment, config_hypotheses
 from graphs import processes
@@ -141,5 +142,10 @@ def _refuse(sentence: str) -> int:
     return 2
 
 
+def program() -> NoReturn:
+    """The command line as a program."""
+    processes.end(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

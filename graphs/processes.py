@@ -15,11 +15,13 @@ all processes see.
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -115,3 +117,14 @@ def dealt(work: Sequence[A], do: Callable[[A], B]) -> list[B]:
 def turn(place: int) -> bool:
     """Whether the item at `place` of a list that is dealt out is this process's."""
     return not several() or place % count() == rank()
+
+
+def end(status: int) -> NoReturn:
+    """Leaves this process with `status`. One of several does so without taking its interpreter down: gloo's threads live on after their
+    group is destroyed, and one that lets go of a tensor while the interpreter goes aborts the process (pytorch/pytorch#179291)."""
+    if not several():
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,6 +1,8 @@
 """Several processes: dealt-out work comes together in order, the main one decides for all, and one process is left as it is."""
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -103,3 +105,13 @@ def test_a_folder_in_use_is_refused_by_all(tmp_path):
     with locked(tmp_path / "run"):
         said = two(a_taken_folder, tmp_path / "b", tmp_path / "run")
     assert said[0] == said[1] and "another run is using this folder" in said[0]
+
+
+@pytest.mark.parametrize(("several", "last"), [("1", "the interpreter went"), ("2", "exits are heard")])
+def test_one_of_several_ends_before_its_interpreter_goes(several, last):
+    """What threads of gloo do while an interpreter is finalised aborts it, once in some hundred runs: so it is not finalised."""
+    code = ("import atexit, os\nfrom graphs import processes\natexit.register(print, 'exits are heard')\n"
+            "class Held:\n    def __del__(self): print('the interpreter went')\n"
+            "held = Held()\nprocesses.end(3)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": several, "RANK": "0"})
+    assert done.returncode == 3 and done.stdout.splitlines()[-1] == last, done.stderr
