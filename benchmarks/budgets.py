@@ -10,6 +10,7 @@ the outcome of every prompt, so that methods are compared prompt by prompt.
     ours                       transcoders, gates warm-started by Fisher scores: `distill prune --target-ratio R`
     ours, SCORE alone          the same, nodes ranked by a score, and healed for the batches that gates would have taken
     ours, random nodes         the control: a random graph of equal size
+    ours, own parts            nothing fitted: gates over the model's own neurons and attention: `--basis neurons --attention kept`
     ours, neurons              the model's own neurons instead of transcoders: `--basis neurons`
     ours, heads and layers     whole layers instead of neurons: `--basis layers`
     magnitude, Wanda,          the model's own neurons and attention, dropped by a score, then healed for all the batches
@@ -61,13 +62,14 @@ SHAPES = "ours"
 """The method whose checkpoint gives the dense refit and the student on written text their shapes."""
 OURS: dict[str, dict] = {
     SHAPES: {},
+    "ours, own parts": {"basis": "neurons", "attention": "kept", "target": "own", "fit_steps": 0, "joint_steps": 0},
     "ours, neurons": {"basis": "neurons", "target": "own"},
     "ours, heads and layers": {"basis": "layers", "target": "own"},
     **{f"ours, {name}": {"score": score, "gate_steps": 0} for name, score in (
         ("integrated gradients alone", "integrated"), ("Fisher alone", "fisher"), ("RelP alone", "relp"), ("random nodes", "random"))},
     **{name: PRUNED | {"score": score} for name, score in (("magnitude", "magnitude"), ("Wanda", "activation"), ("random mask", "random"))},
 }
-FIRST = (SHAPES, "ours, neurons", "magnitude", "Wanda", "written text", "dense refit", "layer drop", "random mask")
+FIRST = (SHAPES, "ours, own parts", "magnitude", "ours, neurons", "Wanda", "written text", "dense refit", "layer drop", "random mask")
 """The order in which cells are made: what the comparison turns on comes first."""
 LEARNING_RATE = 2e-3
 """Of written text: the better of two at the default size (README)."""
@@ -76,7 +78,7 @@ LEARNING_RATE = 2e-3
 def settings(name: str, budget: float, seed: int, data: Epochs) -> config.Prune:
     """A cell of our road, healed with what the other stages leave of `STEPS`; cells that share a graph share a folder, which finds it again."""
     changed = replace(BASE, **OURS[name] | {"target_ratio": budget, "seed": seed})
-    before = changed.fit_steps + changed.joint_steps + changed.gate_steps
+    before = changed.fitting + changed.gate_steps
     folder = WORK / f"seed-{seed}" / f"{changed.basis}-{changed.attention}"
     return replace(changed, heal_tokens=data.tokens(STEPS) - data.tokens(before), out=folder)
 

@@ -133,6 +133,28 @@ def graph_table() -> str:
     return tables.table(["task", "KL, all swapped", "L0 by layer", "replacement", "completeness"], cells) + "\n\n" + facts
 
 
+def holes_table() -> str:
+    """What a round of mending does to the largest hole, a row a fit."""
+    file = ROOT / "results" / "holes.json"
+    if not file.is_file():
+        return "Not measured yet."
+    found, cells = json.loads(file.read_text()), []
+    plain = {row["seed"]: row for row in found if row["way"] == "as it is"}
+    tops = {row["seed"]: row["mended"].removeprefix("mend ") for row in found if row["mended"]}
+    for row in found:
+        if row["seed"] not in tops:
+            continue
+        before, top = plain[row["seed"]], tops[row["seed"]]
+        worst = max(row["holes"], key=row["holes"].__getitem__)
+        cells.append([str(row["seed"]), row["way"], f"{top}: {row['holes'][top]:.4f} ({row['holes'][top] / before['holes'][top] - 1:+.0%})",
+                      f"{row['l0'][top]:.1f}" if top in row["l0"] else "-", f"{row['fvu'][top]:.3f}", f"{worst}: {row['holes'][worst]:.4f}",
+                      f"{row['kl_swapped']:.4f}"])
+    one = found[0]
+    header = ["seed", "fit", "the hole that is mended", "its L0", "its FVU", "the largest hole", "KL, all swapped"]
+    facts = f"`mended` and `longer`: {one['steps']} batches more; {one['prompts']} prompts of the test split; nats a completion token."
+    return tables.table(header, cells) + "\n\n" + facts
+
+
 def edges_table() -> str:
     """What a circuit does on a share of its edges, against the twin and the compiled checkpoint."""
     file = ROOT / "results" / "edges.json"
@@ -357,9 +379,9 @@ def experiment_table(suite: str = "quick") -> str:
 
 
 BLOCKS = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
-          "trait": trait_facts, "grading": grading_facts, "edges": edges_table, "monitor": monitor_table, "enforce": enforce_table,
-          "jailbreak": jailbreak_table, "stories": stories_table, "understanding": understanding_table, "experiment": experiment_table,
-          "synthetic": partial(experiment_table, "full")}
+          "trait": trait_facts, "grading": grading_facts, "holes": holes_table, "edges": edges_table, "monitor": monitor_table,
+          "enforce": enforce_table, "jailbreak": jailbreak_table, "stories": stories_table, "understanding": understanding_table,
+          "experiment": experiment_table, "synthetic": partial(experiment_table, "full")}
 PAGES = (README, ROOT / "docs" / "results.md")
 
 

@@ -31,6 +31,8 @@ class Fit:
     """Batches of the local fit (each site alone)."""
     joint_steps: int = 100
     """Batches of the end-to-end fit (all sites swapped in)."""
+    mend_steps: int = 0
+    """Batches of fitting further, at equal L0, the one site whose error costs most by itself (understand --part graph --holes shows it)."""
     sparsity: float = 2e-3
     """Weight of the sparsity penalty (--basis features)."""
     basis: Literal["features", "neurons", "layers"] = "features"
@@ -46,6 +48,11 @@ class Fit:
     """Rows that the model itself writes, prompts and answers at temperature 1, beside the clean rows: where these are few (distill/synthetic.py)."""
     seed: int = 0
     """Seed of everything random."""
+
+    @property
+    def fitting(self) -> int:
+        """Batches before any gate."""
+        return self.fit_steps + self.joint_steps + self.mend_steps
 
 
 @dataclass(frozen=True)
@@ -308,8 +315,8 @@ class Export:
 
 BUDGETS = ("target_params", "target_ratio", "target_memory", "target_nodes")
 """Flags that choose the circuit by its size; at most one, and not beside --keep."""
-LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "gate_steps": 0, "heal_tokens": 0,
-         "answers": 0, "edge_steps": 0, "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
+LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "mend_steps": 0, "gate_steps": 0,
+         "heal_tokens": 0, "answers": 0, "edge_steps": 0, "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
          "judged": 32, "calibration": 1, "ahead": 0, "tested": 0, "workers": 1, "target_params": 1, "target_nodes": 1, "score_batches": 1,
          "samples": 1, "synthetic_rows": 0}
@@ -329,6 +336,9 @@ def check(verb: Any) -> None:
     basis = getattr(verb, "basis", "features")
     if basis != "features" and verb.skip:
         raise ValueError(f"--skip belongs to --basis features: with --basis {basis} the model's own neurons are the MLP itself; leave it out")
+    if basis != "features" and verb.attention == "kept" and verb.mend_steps:
+        raise ValueError(f"--mend-steps does not go with --basis {basis} --attention kept: every part is the model's own, so none has an error to "
+                         "mend; leave it out")
     if basis == "layers" and getattr(verb, "attention_nodes", "heads") == "components":
         raise ValueError("--attention-nodes components does not go with --basis layers, which drops whole heads: give --attention-nodes heads, "
                          "or --basis neurons")

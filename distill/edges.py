@@ -112,7 +112,7 @@ def judge(verb: config.Evaluate) -> dict[str, Any]:
         assert opened.replacement is not None
         shown = opened.replacement.host()
         if verb.as_ == "edges":
-            first = settings.fit_steps + settings.joint_steps + settings.gate_steps
+            first = settings.fitting + settings.gate_steps
             run, receipt = cut(opened, ThinConfig(verb.edges, verb.edge_score, verb.edge_steps, first, verb.seed))
             shown = run.host()
     tasks = named(settings.task)

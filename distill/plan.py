@@ -72,9 +72,9 @@ def plan(model: Path, texts: Sequence[tuple[str, str]], verb: config.Prune) -> s
 
 def stages(data: Epochs, verb: config.Prune) -> list[Stage]:
     """The stages with their batches and tokens, as `distill.stages` and `distill.search` count them."""
-    fitted = 0 if verb.start else verb.fit_steps + verb.joint_steps
+    fitted = 0 if verb.start else verb.fitting
     gated = 0 if verb.start else verb.gate_steps
-    before = verb.fit_steps + verb.joint_steps + verb.gate_steps
+    before = verb.fitting + verb.gate_steps
     first = data.steps(verb.healing, before)
     learned = data.tokens(fitted + gated) - data.tokens(fitted)
     how = "the size that the budget buys" if verb.budget else "the first size; each smaller one takes a third as much, until one fails on tune"

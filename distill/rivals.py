@@ -126,7 +126,8 @@ def from_written_text(host: Host, verb: config.Prune, texts: list[tuple[str, str
 def settings_of(verb: config.Prune) -> str:
     """Hash of what rivals depend on in a run, beside its model, rows and steps: the checkpoint's shapes, and how its circuit was trained."""
     names = ("seed", "batch", "heal_decay", "fit_steps", "joint_steps", "gate_steps", "sparsity", "features", "skip", "score", "attention_nodes")
-    return digest(read_json(verb.out / "checkpoint" / "config.json"), {name: getattr(verb, name) for name in names}, verb.healing)
+    return digest(read_json(verb.out / "checkpoint" / "config.json"), {name: getattr(verb, name) for name in names}, verb.healing,
+                  *[verb.mend_steps] * bool(verb.mend_steps))
 
 
 def run_rivals(

@@ -177,7 +177,7 @@ class Search:
     @property
     def trained(self) -> int:
         """Batches seen before any healing."""
-        return self.verb.fit_steps + self.verb.joint_steps + self.verb.gate_steps
+        return self.verb.fitting + self.verb.gate_steps
 
     @property
     def components(self) -> bool:

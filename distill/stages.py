@@ -3,6 +3,7 @@ inputs are the same.
 
     graph/       the fitted replacement model: every MLP and attention layer from noise         key: model, rows, fit settings
     gated/       gates learned, parts adapted, nodes ranked (kept under .work)                  key: graph, gate settings
+    tune/        what the model and the whole graph do on the tune split (under .work)          key: gated, tasks, tune rows
     circuit/     the smallest kept set that passes on tune, healed                              key: gated, keep, heal settings
     checkpoint/  the circuit as a stock dense model, parity and reload proven                   key: circuit, target
 
@@ -26,11 +27,13 @@ from distill.job import Job, fit_settings, gate_settings
 from distill.rows import tune_rows
 from distill.search import AGAIN, HEAL_RATE, MARGIN, NEAR, RUNGS, Search, Tuner, divergence_from, measure
 from evals.sandbox import Sandbox
+from evals.tasks import Row
 from graphs.artifact import digest, read_json, stage
 from graphs.batches import collate
 from graphs.canonical import canonical
 from graphs.fit import fit, quality, set_means
 from graphs.host import save
+from graphs.mend import mend
 from graphs.processes import agreed
 from graphs.prune import learn_gates
 from graphs.replace import Replacement
@@ -54,15 +57,18 @@ def road(job: Job, model: Path, verb: config.Prune, times: list[dict]) -> dict[s
 
 def graph_stage(job: Job, model: Path) -> dict:
     """graph/: fit every site on clean rows."""
-    settings, started = fit_settings(job.verb), time.monotonic()
+    settings, mended, started = fit_settings(job.verb), job.verb.mend_steps, time.monotonic()
 
     def make(out: Path) -> dict:
         replacement, losses = fit(job.targets, settings, state)
+        if mended:
+            first = settings.local_steps + settings.joint_steps
+            losses |= mend(job.targets, replacement, mended, settings, first, state.with_suffix(".mend"))
         agreed(lambda: replacement.save(out))
         return {"settings": asdict(settings), "losses": losses, "quality": quality(job.host, replacement, job.data),
                 "seconds": time.monotonic() - started}
 
-    key = digest(model, job.texts, settings, job.verb.batch)
+    key = digest(model, job.texts, settings, job.verb.batch, *[mended] * bool(mended))
     state = job.work / f"fit-{key}"
     receipt, cached = stage(job.folder / "graph", key, make)
     discard(state)
@@ -79,7 +85,7 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
         replacement = Replacement.load(job.folder / "graph", job.host)
         if settings.components:
             canonical(replacement, job.data)
-        order, losses = learn_gates(job.targets, replacement, settings, state, first=verb.fit_steps + verb.joint_steps)
+        order, losses = learn_gates(job.targets, replacement, settings, state, first=verb.fitting)
         set_means(replacement, job.data)
         agreed(lambda: replacement.save(out))
         agreed(lambda: save_file(order, out / "gates.safetensors"))
@@ -92,6 +98,20 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
     return receipt | {"cached": cached}
 
 
+def tune_stage(job: Job, gated: dict, verb: config.Prune, rows: dict[str, list[Row]], sandbox: Sandbox) -> dict:
+    """.work/tune/: which tune rows the model itself gets right, by task, and how far the whole graph is from it."""
+    def make(_out: Path) -> dict:
+        graph = Replacement.load(job.work / "gated", job.host)
+        return {"right": measure(job.host, job.tasks, rows, sandbox), "kl": divergence_from(job.host, graph, followed(rows))}
+
+    return stage(job.work / "tune", digest(gated["key"], [task.key for task in job.tasks], verb.tune_rows, FOLLOWED), make)[0]
+
+
+def followed(rows: dict[str, list[Row]]) -> list[Row]:
+    """The tune rows that KL is taken on."""
+    return [row for found in rows.values() for row in found[:FOLLOWED]]
+
+
 def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -> dict:
     """circuit/: the smallest rung that keeps the asked share on tune, pruned and healed."""
     started = time.monotonic()
@@ -102,16 +122,15 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
         replacement = Replacement.load(job.work / "gated", job.host)
         order = load_file(job.work / "gated" / "gates.safetensors")
         rows = tune_rows(job.tasks, verb.tune_rows)
-        tuner = Tuner(rows, job.tasks, sandbox, measure(job.host, job.tasks, rows, sandbox))
-        followed = [row for found in rows.values() for row in found[:FOLLOWED]]
-        search = Search(job, verb, replacement, order, tuner, followed, state)
+        seen = tune_stage(job, gated, verb, rows, sandbox)
+        search = Search(job, verb, replacement, order, Tuner(rows, job.tasks, sandbox, seen["right"]), followed(rows), state)
         chosen = search.run()
         set_means(chosen.circuit, job.data)
         agreed(lambda: chosen.circuit.save(out))
-        tuned = {name: sum(right) / len(right) for name, right in tuner.before.items()}
+        tuned = {name: sum(right) / len(right) for name, right in seen["right"].items()}
         return {"size": asdict(chosen.size), "curve": sorted(search.tried, key=lambda entry: entry["params"]), "losses": chosen.losses,
                 "tune_before": tuned, "tune_retention": chosen.retention,
-                "kl": {"graph": divergence_from(job.host, replacement, followed)} | chosen.kl,
+                "kl": {"graph": seen["kl"]} | chosen.kl,
                 "kept": {name: kept.tolist() for name, kept in chosen.kept.items()}, "nodes": replacement.node_counts(),
                 "seconds": time.monotonic() - started}
 

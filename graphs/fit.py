@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from graphs.activations import Recording, record
+from graphs.architectures import Site
 from graphs.attention import GroupGate
 from graphs.batches import Batch
 from graphs.host import Host
@@ -84,17 +85,22 @@ def fit(targets: Targets, config: FitConfig, state: Path | None = None) -> tuple
 
 @torch.no_grad()
 def _start_at_means(host: Host, replacement: Replacement, batches: Batches) -> dict[str, float]:
-    """Put each transcoder's output bias at the mean output; returns the outputs' root mean variance by site."""
-    batch, spread = batches(0), {}
+    """Put each transcoder's output bias at the mean output; returns the outputs' spreads."""
+    batch, spread = batches(0), spreads(host, batches)
     found = record(host, batch.ids)
     for site in host.sites:
-        y = found.outputs[site.name][batch.real]
-        spread[site.name] = float((y - y.mean(0)).square().sum(-1).mean().sqrt())
         part = replacement.part(site)
         if isinstance(part, Transcoder) and not isinstance(part, Neurons):
-            part.b_dec.copy_(y.mean(0))
+            part.b_dec.copy_(found.outputs[site.name][batch.real].mean(0))
             part.w_dec.mul_(spread[site.name] / part.w_dec.norm(dim=1).mean() / part.features**0.5)
     return spread
+
+
+def spreads(host: Host, batches: Batches) -> dict[str, float]:
+    """The root mean variance of each site's outputs, on the first batch."""
+    batch = batches(0)
+    found = record(host, batch.ids).outputs
+    return {site.name: float((y := found[site.name][batch.real]).sub(y.mean(0)).square().sum(-1).mean().sqrt()) for site in host.sites}
 
 
 def run_part(replacement: Replacement, site, found: Recording) -> Float[Tensor, "row token d_out"]:
@@ -107,16 +113,24 @@ def local_loss(host: Host, replacement: Replacement, batch: Batch, config: FitCo
     """FVU of every site on the host's own inputs, and the sparsity penalty. To be called while the replacement is watched."""
     found, total = record(host, batch.ids), torch.zeros(())
     for site in replacement.sites:
-        part = replacement.part(site)
-        if isinstance(part, Neurons):
-            continue
-        total = total + fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
-        if isinstance(part, Transcoder):
-            size = part.last[batch.real] * (part.w_dec.norm(dim=1) / spread[site.name] * config.features**0.5 / 4)  # type: ignore[index]
-            total = total + config.sparsity * weighed(torch.tanh(size).sum(-1).mean(), len(size))
-        elif config.attention == "refit":
-            total = total + fvu(found.heads[site.name], replacement.group_gates[site.name].last, batch.real)  # type: ignore[arg-type]
+        total = total + site_loss(replacement, site, found, batch, config, spread[site.name])
     return total
+
+
+def site_loss(
+    replacement: Replacement, site: Site, found: Recording, batch: Batch, config: FitConfig, spread: float
+) -> Float[Tensor, ""] | float:
+    """`local_loss` of one site, from what the host was seen to do there; spread: of its outputs, root mean variance."""
+    part = replacement.part(site)
+    if isinstance(part, Neurons):
+        return 0.0
+    loss = fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
+    if isinstance(part, Transcoder):
+        size = part.last[batch.real] * (part.w_dec.norm(dim=1) / spread * config.features**0.5 / 4)  # type: ignore[index]
+        return loss + config.sparsity * weighed(torch.tanh(size).sum(-1).mean(), len(size))
+    if config.attention == "refit":
+        return loss + fvu(found.heads[site.name], replacement.group_gates[site.name].last, batch.real)  # type: ignore[arg-type]
+    return loss
 
 
 def _local(

@@ -187,7 +187,7 @@ def _road(method: str, setting: Setting, knob: float) -> Host:
     verb = road_settings(method, setting, knob)
     job = prepare(setting.model, setting.texts, [TASKS["coding"]], verb)
     if verb.heal_tokens is None:
-        left = job.data.tokens(setting.steps) - job.data.tokens(verb.fit_steps + verb.joint_steps + verb.gate_steps)
+        left = job.data.tokens(setting.steps) - job.data.tokens(verb.fitting + verb.gate_steps)
         verb = replace(verb, heal_tokens=left)
         job = replace(job, verb=verb)
     road(job, setting.model, verb, [])
