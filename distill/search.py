@@ -144,7 +144,7 @@ class Search:
                                                    self.verb.heal_decay)
         found, still = self.tuner.retention(circuit.host())
         certain = min(share - MARGIN * error for share, error in found.values())
-        kl = {"pruned": pruned, "healed": divergence_from(host, circuit, self.followed)}
+        kl = {"pruned": pruned, "healed": divergence_from(host, circuit, self.followed) if losses else pruned}
         healed = Healed(size, kept, circuit, {name: share for name, (share, _) in found.items()}, certain, still, before + losses, kl)
         said = ", ".join(f"{name} {share:.3f} +- {error:.3f}" for name, (share, error) in found.items())
         if main():
