@@ -312,14 +312,16 @@ def understanding_table() -> str:
         low, high = sorted((sign * share["low"], sign * share["high"]))
         return f"{sign * share['value']:.3f} [{low:.3f}, {high:.3f}]"
 
-    lengths = {name: row for name, row in found["lengths"].items() if row}
-    columns = [found["all"], *lengths.values()]
-    cells = [[group, str(found["nodes"][group]), *(cell(row["shares"][group]) for row in columns), cell(found["all"]["without"][group], -1)]
-             for group in found["all"]["shares"]]
-    for label, key in (("together", "whole"), ("understood", "understood"), ("shuffled", "null")):
-        cells.append([f"*{label}*", "", *(cell(row[key]) for row in columns), ""])
-    header = ["group", "nodes", "all", *(f"after {name} tokens" for name in lengths), "v without it"]
-    return tables.table(header, cells) + "\n\n" + understanding_facts(found)
+    def columns(named: dict[str, dict], without: bool) -> str:
+        rows = [[group, str(found["nodes"][group]), *(cell(row["shares"][group]) for row in named.values()),
+                 *[cell(found["all"]["without"][group], -1)] * without] for group in found["all"]["shares"]]
+        rows += [[f"*{label}*", "", *(cell(row[key]) for row in named.values()), *[""] * without]
+                 for label, key in (("together", "whole"), ("understood", "understood"), ("shuffled", "null"))]
+        return tables.table(["group", "nodes", *named, *["v without it"] * without], rows)
+
+    tasks = found["tasks"] if len(found["tasks"]) > 1 else {}
+    where = {f"after {name} tokens": row for name, row in found["lengths"].items() if row} | found.get("contexts", {})
+    return "\n\n".join([columns({"all": found["all"]} | tasks, True), columns(where, False), understanding_facts(found)])
 
 
 def understanding_facts(found: dict) -> str:
@@ -329,7 +331,7 @@ def understanding_facts(found: dict) -> str:
     numbers, wrong = sorted(one["numbers"] for one in accepted), found["wrong"]
     holes = ", ".join(f"{one['unit']} ({one['kl']:.2f})" for one in found["holes"][:4])
     verdict = "accepted" if not wrong["evidence"]["why"] else "rejected"
-    return (f"{found['task']}, {found['prompts']} test rows. {len(accepted)} of {len(found['hypotheses'])} hypotheses were accepted (numbers fitted: "
+    return (f"{found['task']}, {found['prompts']} test rows a task. {len(accepted)} of {len(found['hypotheses'])} hypotheses were accepted (numbers fitted: "
             f"median {numbers[len(numbers) // 2]}, most {numbers[-1]:,}), of whole heads or their patterns: {', '.join(heads)}.\n{wrong['target']} "
             f"said to compute what {wrong['said']} does recovers {wrong['evidence']['recovered']['value']:.2f} of its effect: {verdict}. "
             f"Nothing at all: {found['all']['nothing']:.2f} nats a token.\n"

@@ -2,7 +2,7 @@
 
     python benchmarks/understanding.py RUN          measures the circuit in RUN (of `distill prune`), writes results/understanding.json
 
-What is measured is what `distill understand RUN --holes` prints. The wrong hypothesis: of two features whose tables were accepted and whose
+What is measured is what `distill understand RUN --holes --contexts` prints. The wrong hypothesis: of two features whose tables were accepted and whose
 effect is largest, the first is said to compute what the second does, and judged on the same rows by the same rule.
 """
 
@@ -47,7 +47,7 @@ def wrong(verb: Understand) -> dict[str, Any]:
 
 def main(run: Path) -> None:
     """Measure and write."""
-    verb = Understand(run=run, holes=True)
+    verb = Understand(run=run, holes=True, contexts=True)
     found = measure(verb)
     found = {"commit": commit(), "settings": {key: value for key, value in asdict(verb).items() if key not in ("run", "json")},
              "made": {key: value for key, value in read_json(run / "receipt.json")["config"].items() if key != "out"}} | {
