@@ -331,8 +331,9 @@ def understanding_facts(found: dict) -> str:
     numbers, wrong = sorted(one["numbers"] for one in accepted), found["wrong"]
     holes = ", ".join(f"{one['unit']} ({one['kl']:.2f})" for one in found["holes"][:4])
     verdict = "accepted" if not wrong["evidence"]["why"] else "rejected"
-    return (f"{found['task']}, {found['prompts']} test rows a task. {len(accepted)} of {len(found['hypotheses'])} hypotheses were accepted (numbers fitted: "
-            f"median {numbers[len(numbers) // 2]}, most {numbers[-1]:,}), of whole heads or their patterns: {', '.join(heads)}.\n{wrong['target']} "
+    return (f"{found['task']}, {found['prompts']} test rows a task. {len(accepted)} of {len(found['hypotheses'])} hypotheses were accepted "
+            f"(numbers fitted: median {numbers[len(numbers) // 2]}, most {numbers[-1]:,}), "
+            f"of whole heads or their patterns: {', '.join(heads)}.\n{wrong['target']} "
             f"said to compute what {wrong['said']} does recovers {wrong['evidence']['recovered']['value']:.2f} of its effect: {verdict}. "
             f"Nothing at all: {found['all']['nothing']:.2f} nats a token.\n"
             f"Largest holes (nats a token when what is unexplained there is ablated): {holes}.")

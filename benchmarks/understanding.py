@@ -2,8 +2,8 @@
 
     python benchmarks/understanding.py RUN          measures the circuit in RUN (of `distill prune`), writes results/understanding.json
 
-What is measured is what `distill understand RUN --holes --contexts` prints. The wrong hypothesis: of two features whose tables were accepted and whose
-effect is largest, the first is said to compute what the second does, and judged on the same rows by the same rule.
+What is measured is what `distill understand RUN --holes --contexts` prints. The wrong hypothesis: of two features whose tables were accepted
+and whose effect is largest, the first is said to compute what the second does, and judged on the same rows by the same rule.
 """
 
 from __future__ import annotations
