@@ -37,7 +37,7 @@ from graphs.transcoder import Transcoder
 
 SAMPLE = 4
 """Batches that holes and L0 are measured on."""
-HOLD, SPARE = 40.0, 0.02
+HOLD, SPARE = 40.0, 0.04
 """How fast the penalty answers to L0 (one percent more active features make it 1.5 times as heavy), and how far below the old one it settles."""
 
 
