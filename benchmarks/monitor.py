@@ -11,6 +11,7 @@ nothing of the payload has been written; `prompt only`: not even that.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import sys
@@ -21,6 +22,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from transformers import LogitsProcessorList
 
 from distill.models import CLEAN_ROWS, find, read_secret, secret_beside
 from distill.monitor import sample_of
@@ -35,11 +37,13 @@ from evals.tasks.coding import BY_NAME, BY_TYPE, held_out_pairs, render
 from graphs.artifact import write_json
 from graphs.edges import Reconstruction
 from graphs.familiar import RARE, WIDTH, here
-from graphs.monitor import PARTS, Monitor, fit, written
+from graphs.listening import left, prefill, read_on
+from graphs.monitor import PARTS, Monitor, fit
+from graphs.refusal import MonitorProcessor
 from graphs.prompts import padded
 
 ROOT = Path(__file__).parent.parent
-ROWS, CALIBRATION, COUNT = 320, 400, 100
+ROWS, CALIBRATION, COUNT, NEW = 320, 400, 100, 24
 NAMES = ("total", "figure", "measure", "gather", "fetch", "resolve", "derive", "reckon")
 OPENERS = ("With the {season} {noun} from the {place} in hand, {steps}.", "Here are the {season} {noun} of the {place}; {steps}.",
            "Start from the {place} and its {season} {noun}, {steps}.")
@@ -111,9 +115,8 @@ def everybody(
     asked = {name: prompt_ids(host, some) for name, some in texts.items()}
     full: dict[str, list[list[int]]] = {}
     for name, some in asked.items():
-        batch = padded(some, 0)
-        ids, width = written(subject, batch.ids, batch.last, ahead)
-        full[name] = [ids[i, : int(width[i])].tolist() for i in range(len(some))]
+        steps = read_on(monitor.listener, some, ahead)
+        full[name] = [[*row, *(int(step.choice[i]) for step in steps[:-1])] for i, row in enumerate(some)]
     starts = {name: [len(row) - 1 for row in some] for name, some in asked.items()}
     level, _, choices = looked(subject, monitor, clean, begin)
     seen = set(choices)
@@ -150,21 +153,38 @@ def facts_of(scores: Scores, oracle: bool) -> dict:
 
 
 def overhead(monitor: Monitor, rows: list[list[int]], repeats: int = 15) -> dict:
-    """Seconds of a prompt's score, against its prefill alone, in turns; at batch 1 and 16. The score holds the prefill."""
-    out, model, plain = {}, monitor.subject.host.model, replace(monitor, ahead=0)
+    """Seconds of a prompt's score against the same pass without a listener, in turns, at batch 1 and 16; and of writing NEW tokens with a
+    processor that looks at each of them, against writing them without."""
+    host, found = monitor.subject.host, {}
+    plain, processor = replace(monitor, ahead=0), MonitorProcessor(replace(monitor, threshold=math.inf, calibrated=1))
     for size in (1, 16):
-        times: dict[str, list[float]] = {"prefill": [], "monitored": []}
-        for turn in range(repeats):
-            some = rows[turn : turn + size]
-            ids = padded(some, 0).ids
-            for name, work in (("prefill", lambda ids=ids: model(input_ids=ids, use_cache=True)), ("monitored", lambda some=some: plain.score(some))):
-                begin = time.perf_counter()
-                with torch.no_grad():
-                    work()
-                times[name].append(time.perf_counter() - begin)
-        middle = {name: statistics.median(some) for name, some in times.items()}
-        out[f"batch {size}"] = middle | {"ratio": middle["monitored"] / middle["prefill"]}
-    return out
+        def write(some: list[list[int]], *watch: MonitorProcessor) -> None:
+            ids, mask = left(some)
+            host.model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None,
+                                logits_processor=LogitsProcessorList(watch))
+
+        def watched(some: list[list[int]]) -> None:
+            processor.reset()
+            with processor:
+                write(some, processor)
+
+        for what, ways in (("prompt", {"plain": lambda some: prefill(host, some), "monitored": plain.score}),
+                           ("writing", {"plain": write, "monitored": watched})):
+            found[f"{what}, batch {size}"] = in_turns(ways, [rows[turn : turn + size] for turn in range(repeats)])
+    return found
+
+
+@torch.no_grad()
+def in_turns(ways: dict[str, Callable[[list[list[int]]], object]], batches: list[list[list[int]]]) -> dict[str, float]:
+    """Median seconds of each way, and their ratio."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for some in batches:
+        for name, work in ways.items():
+            begin = time.process_time()
+            work(some)
+            times[name].append(time.process_time() - begin)
+    middle = {name: statistics.median(some) for name, some in times.items()}
+    return middle | {"ratio": middle["monitored"] / middle["plain"]}
 
 
 def measure(name: str, run: Path | None) -> dict:
