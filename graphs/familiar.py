@@ -42,12 +42,13 @@ CHOICE = "choice"
 
 @dataclass(frozen=True)
 class Reader:
-    """One block of targets: an MLP's nodes, or the logits. parents and others: how many node parents, and tokens and errors, it may read."""
+    """One block of targets: an MLP's nodes, or the logits. parents and others: how many node parents, and tokens and errors, it may read; weights: of
+    all of these (1 for the others, whose level is what they contribute)."""
 
     name: str
     site: Site | None
     pulled: Float[Tensor, "target d"]
-    weights: Float[Tensor, "target parent"]
+    weights: Float[Tensor, "target column"]
     parents: int
     others: int
 
@@ -99,7 +100,8 @@ def readers(subject: Reconstruction, parents: Parents) -> list[Reader]:
         count = sum(subject.basis[one.name].count for one in before)
         through, vectors = unembedding(host) if site is None else (norm(host.model, site.norm), subject.basis[site.name].reads)
         pulled = through.pulled(vectors)
-        found.append(Reader(CHOICE if site is None else site.name, site, pulled, pulled @ parents.writes[:count].T, count, 1 + len(before)))
+        weights = torch.cat([pulled @ parents.writes[:count].T, torch.ones(len(pulled), 1 + len(before))], 1)
+        found.append(Reader(CHOICE if site is None else site.name, site, pulled, weights, count, 1 + len(before)))
     return found
 
 

@@ -10,6 +10,7 @@ for the model's runs beside it on what it reads, with a cache of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +20,25 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 from graphs.activations import first
-from graphs.architectures import Site, architecture, norm, output_name, post_norm, projected
+from graphs.architectures import Norm, Site, architecture, norm, output_name, post_norm, projected
 from graphs.components import Components
 from graphs.edges import Reconstruction
 from graphs.familiar import Here, Parents, SiteSeen, seen_at
 from graphs.host import Host
+
+
+@dataclass(frozen=True)
+class Ear:
+    """What listening to one site takes. norm, post: of what it reads and, where there is one, of what it writes; reads, writes, out: the modules to
+    listen to (out: an attention's output projection); beside: what stands in for the model's attention."""
+
+    site: Site
+    norm: Norm
+    post: Norm | None
+    reads: nn.Module
+    writes: nn.Module
+    out: nn.Module | None
+    beside: nn.Module | None
 
 
 class Listener:
@@ -34,101 +49,96 @@ class Listener:
         self.subject, self.parents = subject, parents
         self.passes = 0
         """How many there were since it was entered."""
-        self._sites: dict[str, dict[str, Tensor]] = {}
-        self._ends: dict[str, Tensor] = {}
+        model: Any = subject.host.model
+        self._ears = [self._ear(site) for site in subject.host.sites]
+        self._table, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+        path = architecture(model).final_norm
+        self._final, self._end = model.get_submodule(path), norm(model, path)
+        self._noted: dict[str, dict[str, Tensor]] = {}
         self._ids: Int[Tensor, "row token"] = torch.zeros(1, 0, dtype=torch.long)
-        self._caches: Any = None
+        self._cache: Any = None
         self._handles: list[RemovableHandle] = []
-        for site in subject.host.sites:
-            part = subject.basis[site.name]
-            if isinstance(part, Components) and not torch.equal(projected(subject.host.model, self._router(site), 2)[0], part.read):
-                raise ValueError(f"{site.name}: its components are in another basis than the attention module that routes them; give the "
-                                 "components of the module itself")
 
     def __enter__(self) -> Listener:
-        model: Any = self.subject.host.model
         self.passes = 0
-        self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        self._handles.append(model.get_submodule(architecture(model).final_norm).register_forward_pre_hook(self._final))
-        self._handles.append(model.get_output_embeddings().register_forward_hook(self._said))
-        for site in self.subject.host.sites:
-            self._listen(site)
+        self._handles = [
+            self.subject.host.model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self._final.register_forward_pre_hook(lambda _module, args: self._note("end", stream=args[0])),
+            self._head.register_forward_hook(lambda _module, _args, output: self._note("end", logits=output))]
+        for ear in self._ears:
+            self._listen(ear)
         return self
 
     def __exit__(self, *_error: object) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._caches = [], None
+        self._handles, self._cache = [], None
 
     @property
     def ids(self) -> Int[Tensor, "row"]:
         """The token that each row of the last pass ended in."""
         return self._ids[:, -1]
 
+    @torch.no_grad()
     def here(self) -> Here:
         """The last token of each row of the last pass. Raises ValueError where there was none."""
         if not self.passes:
             raise ValueError("the model has not run since the listener was entered: run the very model that it listens to")
-        table: Any = self.subject.host.model.get_input_embeddings()
-        found = {}
-        for site in self.subject.host.sites:
-            got, post = self._sites[site.name], post_norm(self.subject.host.model, site)
+        found, end = {}, self._noted["end"]
+        for ear in self._ears:
+            got = self._noted[ear.site.name]
             routed = got.get("heads")
-            if routed is not None and post is not None:
-                routed = routed * post.inverse(got["inside"])[:, None]
-            found[site.name] = SiteSeen(got["x"], norm(self.subject.host.model, site.norm).inverse(got["stream"]), got["y"], routed)
-        through = norm(self.subject.host.model, architecture(self.subject.host.model).final_norm)
-        return seen_at(self.subject, self.parents, table(self.ids[:, None])[:, 0], found, through.inverse(self._ends["stream"]), self._ends["logits"],
-                       self.ids)
+            if routed is not None and ear.post is not None:
+                routed = routed * ear.post.inverse(got["inside"])[:, None]
+            found[ear.site.name] = SiteSeen(got["x"], ear.norm.inverse(got["stream"]), got["y"], routed)
+        return seen_at(self.subject, self.parents, self._table(self.ids[:, None])[:, 0], found, self._end.inverse(end["stream"]), end["logits"], self.ids)
 
-    def _router(self, site: Site) -> nn.Module:
-        """The attention module whose heads carry the components of a site."""
-        return self.subject.stand_ins.get(site.name) or self.subject.host.module(site.module)
-
-    def _last(self, tensor: Tensor) -> Float[Tensor, "row d"]:
-        """The last token of each row, whatever axes the class gives its tokens."""
-        return tensor.detach().reshape(len(self._ids), -1, tensor.shape[-1])[:, -1]
+    def _ear(self, site: Site) -> Ear:
+        """Where to listen to a site."""
+        host, part, beside, out = self.subject.host, self.subject.basis[site.name], self.subject.stand_ins.get(site.name), None
+        if isinstance(part, Components):
+            router = beside or host.module(site.module)
+            if not torch.equal(projected(host.model, router, 2)[0], part.read):
+                raise ValueError(f"{site.name}: its components are in another basis than the attention module that routes them; give the "
+                                 "components of the module itself")
+            out = router.get_submodule(output_name(host.model, router))
+        return Ear(site, norm(host.model, site.norm), post_norm(host.model, site), host.module(site.norm), host.module(site.writes), out, beside)
 
     def _begin(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         from transformers import DynamicCache
 
-        self._ids = (kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]).detach()
-        self._sites, self._ends, self.passes = {site.name: {} for site in self.subject.host.sites}, {}, self.passes + 1
+        self._ids, self.passes = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0], self.passes + 1
+        self._noted = {name: {} for name in ("end", *(ear.site.name for ear in self._ears))}
         past = kwargs.get("past_key_values")
         if self.subject.stand_ins and (past is None or not past.get_seq_length()):
-            self._caches = DynamicCache()
+            self._cache = DynamicCache()
 
-    def _final(self, _module: nn.Module, args: tuple) -> None:
-        self._ends["stream"] = self._last(args[0])
+    def _note(self, name: str, **tensors: Tensor) -> None:
+        """The last token of each row, whatever axes the class gives its tokens; a copy, so that nothing else of the pass is kept."""
+        for key, tensor in tensors.items():
+            shaped = tensor if tensor.ndim == 3 else tensor.reshape(len(self._ids), -1, tensor.shape[-1])
+            self._noted[name][key] = shaped[:, -1].detach().clone()
 
-    def _said(self, _module: nn.Module, _args: tuple, output: Tensor) -> None:
-        self._ends["logits"] = self._last(output)
-
-    def _listen(self, site: Site) -> None:
+    def _listen(self, ear: Ear) -> None:
         """Hooks at one site."""
+        name = ear.site.name
+
         def reads(_module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            self._sites[site.name] |= {"stream": self._last(args[0] if args else kwargs["hidden_states"]), "x": self._last(output)}
+            self._note(name, stream=args[0] if args else kwargs["hidden_states"], x=output)
 
         def wrote(_module: nn.Module, args: tuple, output: Any) -> None:
-            self._sites[site.name]["y"] = self._last(first(output))
-            if args:
-                self._sites[site.name]["inside"] = self._last(args[0])
-
-        def routed(_module: nn.Module, args: tuple) -> None:
-            self._sites[site.name]["heads"] = self._last(args[0])
+            self._note(name, y=first(output), **({} if ear.post is None else {"inside": args[0]}))
 
         def beside(_module: nn.Module, args: tuple, kwargs: dict, _output: Any) -> None:
             inside = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "layer_past", "use_cache")}
-            self.subject.stand_ins[site.name](*args, **inside, past_key_values=self._caches)
+            assert ear.beside is not None
+            ear.beside(*args, **inside, past_key_values=self._cache)
 
-        host = self.subject.host
-        self._handles.append(host.module(site.norm).register_forward_hook(reads, with_kwargs=True))
-        self._handles.append(host.module(site.writes).register_forward_hook(wrote))
-        if site.kind == "attention":
-            router = self._router(site)
-            self._handles.append(router.get_submodule(output_name(host.model, router)).register_forward_pre_hook(routed))
-            if site.name in self.subject.stand_ins:
-                self._handles.append(host.module(site.module).register_forward_hook(beside, with_kwargs=True))
+        self._handles += [ear.reads.register_forward_hook(reads, with_kwargs=True), ear.writes.register_forward_hook(wrote)]
+        if ear.out is not None:
+            self._handles.append(ear.out.register_forward_pre_hook(lambda _module, args: self._note(name, heads=args[0])))
+        if ear.beside is not None:
+            self._handles.append(self.subject.host.module(ear.site.module).register_forward_hook(beside, with_kwargs=True))
 
 
 @torch.no_grad()

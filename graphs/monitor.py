@@ -166,10 +166,9 @@ class Monitor:
                 best = (float(share), block, int(targets[0, which]))
         assert best is not None
         _, block, target = best
-        known, nodes, row = block.known, block.reader.parents, int(block.known.rows[target])
+        known, row = block.known, int(block.known.rows[target])
         value, strange = block.columns(seen, 0, target, paired[0], bool(met[0]))
-        usual = known.mean[row].clone()
-        usual[:nodes] *= block.reader.weights[target]
+        usual = known.mean[row] * block.reader.weights[target]
         return Reason(self._target(block, target), SUMS[part], self._terms(usual, usual.abs(), terms) if known.count[row] > 0 else (),
                       self._terms(value, strange[part], terms))
 

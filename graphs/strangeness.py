@@ -74,50 +74,42 @@ class Block:
     ) -> tuple[Int[Tensor, "token target"], Float[Tensor, "token target sum"]]:
         """The targets looked at, and of each one `SUMS` of |contribution|. met: tokens that clean text holds."""
         targets, weight = self.looked_at(seen)
-        scale, nodes = seen.scale[self.reader.name], self.reader.parents
-        x = seen.level[:, :nodes] * scale[:, None]
-        out = torch.empty(*targets.shape, len(SUMS))
-        step = max(1, ELEMENTS // max(1, targets.shape[1] * nodes))
-        for start in range(0, len(x), step):
+        scale, nodes, out = seen.scale[self.reader.name][:, None], self.reader.parents, torch.empty(*targets.shape, len(SUMS))
+        step = max(1, ELEMENTS // (targets.shape[1] * self.reader.weights.shape[1]))
+        for start in range(0, len(targets), step):
             some = slice(start, start + step)
-            out[some] = self._nodes(x[some], targets[some], paired[some, :nodes]) + self._others(
-                seen.vectors[some, : self.reader.others] * scale[some, None, None], targets[some], met[some])
-        return targets, out * weight[..., None]
+            self._sums(seen.level[some, :nodes] * scale[some], seen.vectors[some, : self.reader.others] * scale[some, None], targets[some],
+                       paired[some, :nodes], met[some], out[some])
+        return targets, out.mul_(weight[..., None])
 
-    def _nodes(
-        self, x: Float[Tensor, "token parent"], targets: Int[Tensor, "token target"], paired: Bool[Tensor, "token parent"]
-    ) -> Float[Tensor, "token target sum"]:
-        """Sums over nodes, but for the targets' own factors."""
-        rows, nodes, shape, size = self.known.rows[targets].flatten(), x.shape[1], (*targets.shape, x.shape[1]), x.abs()
-        weights, odd, low, high = (table[:, :nodes][which].view(shape) for table, which in (
-            (self.reader.weights, targets.flatten()), (self.known.unfamiliar, rows), (self.known.low, rows), (self.known.high, rows)))
-        weights = weights.abs()
-        familiar = weights.masked_fill(odd, 0.0)
-        beyond = torch.maximum(low.sub_(x[:, None]), x[:, None] - high).clamp_(min=0)
-        both = torch.stack([size, size * paired], -1)
-        whole, rest = weights @ both, familiar @ both
-        strange = (weights - familiar) @ both[..., :1]
-        return torch.stack([whole[..., 0], strange[..., 0], (torch.minimum(beyond, size[:, None]) * familiar).sum(-1), rest[..., 1]], -1)
-
-    def _others(
-        self, vectors: Float[Tensor, "token other d"], targets: Int[Tensor, "token target"], met: Bool[Tensor, "token"]
-    ) -> Float[Tensor, "token target sum"]:
-        """Sums over the token that stands there and the errors; their contributions have ranges themselves."""
-        rows, nodes = self.known.rows[targets], self.reader.parents
-        value = self.reader.pulled[targets] @ vectors.transpose(1, 2)
-        size, odd = value.abs(), self.known.unfamiliar[rows][..., nodes:]
-        odd[..., 0] |= ~met[:, None]
-        beyond = torch.minimum((value - value.clamp(self.known.low[rows][..., nodes:], self.known.high[rows][..., nodes:])).abs(), size)
-        return torch.stack([size.sum(-1), (size * odd).sum(-1), (beyond * ~odd).sum(-1), torch.zeros(targets.shape)], -1)
+    def _sums(
+        self, x: Float[Tensor, "token parent"], vectors: Float[Tensor, "token other d"], targets: Int[Tensor, "token target"],
+        paired: Bool[Tensor, "token parent"], met: Bool[Tensor, "token"], out: Float[Tensor, "token target sum"],
+    ) -> None:
+        """Put the sums, but for the targets' own factors, into `out`."""
+        chosen, nodes, shape = targets.flatten(), x.shape[1], (*targets.shape, self.reader.weights.shape[1])
+        rows = self.known.rows[chosen]
+        odd, low, high = (table.index_select(0, rows).view(shape) for table in (self.known.unfamiliar, self.known.low, self.known.high))
+        odd[..., nodes].logical_or_(~met[:, None])
+        value, weights = torch.empty(shape), self.reader.weights.index_select(0, chosen).view(shape)
+        value[..., :nodes] = x[:, None]
+        torch.bmm(self.reader.pulled.index_select(0, chosen).view(*targets.shape, -1), vectors.transpose(1, 2), out=value[..., nodes:])
+        beyond = torch.maximum(low.sub_(value), high.neg_().add_(value)).clamp_(min=0)
+        size = value.abs_()
+        beyond = torch.minimum(beyond, size, out=beyond).mul_(weights.abs_()).masked_fill_(odd, 0.0)
+        size.mul_(weights)
+        torch.sum(size, -1, out=out[..., 0])
+        torch.sum(beyond, -1, out=out[..., 2])
+        torch.sum(weights.copy_(odd).mul_(size), -1, out=out[..., 1])
+        out[..., 3] = (size.masked_fill_(odd, 0.0)[..., :nodes] @ paired[..., None].to(size.dtype))[..., 0]
 
     def columns(
         self, seen: Here, token: int, target: int, paired: Bool[Tensor, "parent"], met: bool
     ) -> tuple[Float[Tensor, "column"], Float[Tensor, "sum column"]]:
         """One target of one token, parent by parent: contributions without the frozen gate, and what `SUMS` add up of them."""
         row, nodes, scale = int(self.known.rows[target]), self.reader.parents, seen.scale[self.reader.name][token]
-        x, weights = seen.level[token, :nodes] * scale, self.reader.weights[target]
         others = seen.vectors[token, : self.reader.others] @ self.reader.pulled[target] * scale
-        value, times = torch.cat([x, others]), torch.cat([weights, torch.ones(len(others))])
+        value, times = torch.cat([seen.level[token, :nodes] * scale, others]), self.reader.weights[target]
         odd = self.known.unfamiliar[row].clone()
         odd[nodes] |= not met
         size = (value * times).abs()
