@@ -176,7 +176,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Familiar:
-    """What one block's targets are used to. rows: of the table by target (-1: never active)."""
+    """What one block's targets are used to. rows: of the table by target (-1: never active); low, high: without end where the parent is unfamiliar."""
 
     rows: Int[Tensor, "number"]
     count: Float[Tensor, "target"]
@@ -195,7 +195,9 @@ def settle(sums: Moments, rows: Int[Tensor, "number"]) -> Familiar:
     mean = torch.where(count > 0, sums.first / count.clamp_min(1), mean_all)
     own = (sums.second / count.clamp_min(1) - mean.square()).clamp_min(0)
     spread = WIDTH * ((own * count + variance_all * PRIOR) / (count + PRIOR)).sqrt()
-    return Familiar(rows, sums.count, sums.present <= RARE * count, mean, mean - spread, mean + spread)
+    unfamiliar = sums.present <= RARE * count
+    spread[unfamiliar] = torch.inf
+    return Familiar(rows, sums.count, unfamiliar, mean, mean - spread, mean + spread)
 
 
 def levels(rows: list[Tensor]) -> Float[Tensor, "parent"]:

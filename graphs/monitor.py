@@ -42,7 +42,7 @@ from graphs.strangeness import SUMS, Block, Pairs
 PARTS = SUMS[1:]
 FLOOR = 0.002
 """Least scale of a part: a share of the drive that nobody should be refused for."""
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

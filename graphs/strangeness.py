@@ -56,6 +56,12 @@ class Block:
     known: Familiar
     size: Float[Tensor, "target"] | None
 
+    @cached_property
+    def signed(self) -> Float[Tensor, "target column"]:
+        """Sizes of the weights; negative where the parent is unfamiliar to the target, so that a product with them and one with their sizes tell the
+        two kinds apart."""
+        return torch.where(self.known.unfamiliar[self.known.rows], -self.reader.weights.abs(), self.reader.weights.abs())
+
     @staticmethod
     def of(reader: Reader, learnt: Learnt, basis: Basis) -> Block:
         """The block as it was learnt."""
@@ -75,7 +81,7 @@ class Block:
         """The targets looked at, and of each one `SUMS` of |contribution|. met: tokens that clean text holds."""
         targets, weight = self.looked_at(seen)
         scale, nodes, out = seen.scale[self.reader.name][:, None], self.reader.parents, torch.empty(*targets.shape, len(SUMS))
-        step = max(1, ELEMENTS // (targets.shape[1] * self.reader.weights.shape[1]))
+        step = max(1, ELEMENTS // (targets.shape[1] * self.signed.shape[1]))
         for start in range(0, len(targets), step):
             some = slice(start, start + step)
             self._sums(seen.level[some, :nodes] * scale[some], seen.vectors[some, : self.reader.others] * scale[some, None], targets[some],
@@ -87,21 +93,27 @@ class Block:
         paired: Bool[Tensor, "token parent"], met: Bool[Tensor, "token"], out: Float[Tensor, "token target sum"],
     ) -> None:
         """Put the sums, but for the targets' own factors, into `out`."""
-        chosen, nodes, shape = targets.flatten(), x.shape[1], (*targets.shape, self.reader.weights.shape[1])
-        rows = self.known.rows[chosen]
-        odd, low, high = (table.index_select(0, rows).view(shape) for table in (self.known.unfamiliar, self.known.low, self.known.high))
-        odd[..., nodes].logical_or_(~met[:, None])
-        value, weights = torch.empty(shape), self.reader.weights.index_select(0, chosen).view(shape)
-        value[..., :nodes] = x[:, None]
-        torch.bmm(self.reader.pulled.index_select(0, chosen).view(*targets.shape, -1), vectors.transpose(1, 2), out=value[..., nodes:])
-        beyond = torch.maximum(low.sub_(value), high.neg_().add_(value)).clamp_(min=0)
-        size = value.abs_()
-        beyond = torch.minimum(beyond, size, out=beyond).mul_(weights.abs_()).masked_fill_(odd, 0.0)
-        size.mul_(weights)
-        torch.sum(size, -1, out=out[..., 0])
-        torch.sum(beyond, -1, out=out[..., 2])
-        torch.sum(weights.copy_(odd).mul_(size), -1, out=out[..., 1])
-        out[..., 3] = (size.masked_fill_(odd, 0.0)[..., :nodes] @ paired[..., None].to(size.dtype))[..., 0]
+        chosen, nodes, shape = targets.flatten(), x.shape[1], (*targets.shape, self.signed.shape[1])
+        rows, size = self.known.rows[chosen], x.abs()
+        signed = self.signed.index_select(0, chosen).view(shape)
+        low, high = (table.index_select(0, rows).view(shape) for table in (self.known.low, self.known.high))
+        if not bool(met.all()):
+            signed[~met, :, nodes], low[~met, :, nodes], high[~met, :, nodes] = -1.0, -torch.inf, torch.inf
+        other = torch.bmm(self.reader.pulled.index_select(0, chosen).view(*targets.shape, -1), vectors.transpose(1, 2))
+        for part, value in ((slice(nodes), x[:, None]), (slice(nodes, None), other)):
+            low[..., part].sub_(value)
+            high[..., part].sub_(value)
+        beyond = torch.maximum(low, high.neg_(), out=low).clamp_(min=0)
+        other.abs_()
+        for part, value in ((beyond[..., :nodes], size[:, None]), (beyond[..., nodes:], other)):
+            torch.minimum(part, value, out=part)
+        both = torch.stack([size, size * paired], -1)
+        apart, rest = signed[..., :nodes] @ both, (other * signed[..., nodes:]).sum(-1)
+        whole, rest_whole = signed.abs_()[..., :nodes] @ both, other.sum(-1)
+        torch.add(whole[..., 0], rest_whole, out=out[..., 0])
+        torch.sub(whole[..., 0] - apart[..., 0], rest - rest_whole, out=out[..., 1]).mul_(0.5)
+        torch.sum(beyond.mul_(signed), -1, out=out[..., 2])
+        torch.add(whole[..., 1], apart[..., 1], out=out[..., 3]).mul_(0.5)
 
     def columns(
         self, seen: Here, token: int, target: int, paired: Bool[Tensor, "parent"], met: bool

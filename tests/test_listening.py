@@ -127,8 +127,11 @@ def stricter(monitor: Monitor) -> Monitor:
         return torch.rand(shape, generator=generator) < 0.02
 
     pairs = few(monitor.learnt.pairs.shape)
-    blocks = {name: replace(one, low=one.mean + (one.low - one.mean) / 5, high=one.mean + (one.high - one.mean) / 5,
-                            unfamiliar=one.unfamiliar | few(one.unfamiliar.shape)) for name, one in monitor.learnt.blocks.items()}
+    blocks = {}
+    for name, one in monitor.learnt.blocks.items():
+        odd = one.unfamiliar | few(one.unfamiliar.shape)
+        spread = ((one.high - one.low) / 10).masked_fill(odd, torch.inf)
+        blocks[name] = replace(one, low=one.mean - spread, high=one.mean + spread, unfamiliar=odd)
     return replace(monitor, learnt=replace(monitor.learnt, pairs=pairs | pairs.T, blocks=blocks))
 
 
@@ -153,7 +156,8 @@ def test_a_processor_hears_while_the_model_writes_what_score_reads_afterwards():
 
     subject = subject_of("LlamaForCausalLM")
     clean = [Encoded(tuple(row), 3) for row in some_rows(40, 1)]
-    monitor = fit(subject, [collate(clean[i : i + 8], 0) for i in range(0, 40, 8)], ahead=0).calibrate([-1e9] * 99, 0.01)
+    monitor = fit(subject, [collate(clean[i : i + 8], 0) for i in range(0, 40, 8)], ahead=0)
+    monitor = stricter(monitor).calibrate([-1e9] * 99, 0.01)
     rows, model, heard = some_rows(3, 4), subject.host.model, []
     ids, mask = left(rows)
     for cache in (True, False):
