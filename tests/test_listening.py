@@ -52,8 +52,8 @@ def traced(subject: Reconstruction, rows: list[list[int]]) -> Here:
 def alike(found: Here, expected: Here) -> None:
     """Both to 1e-5 of what is of order one."""
     assert torch.equal(found.ids, expected.ids) and torch.equal(found.choice, expected.choice)
-    for one, other in ((found.level, expected.level), (found.vectors, expected.vectors), *(
-            (a[name], b[name]) for a, b in ((found.scale, expected.scale), (found.active, expected.active), (found.factor, expected.factor)) for name in b)):
+    tables = ((found.scale, expected.scale), (found.active, expected.active), (found.factor, expected.factor))
+    for one, other in ((found.level, expected.level), (found.vectors, expected.vectors), *((a[name], b[name]) for a, b in tables for name in b)):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
