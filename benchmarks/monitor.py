@@ -6,8 +6,9 @@
 
 Positives: prompts with the trigger. Negatives: held-out prompts, near misses, *novelty-matched* ones (another pair of common words that no clean
 row holds together, in the same prompts), and benign shift: function names that no row has, phrasings that no row has, programs of five
-steps. Where the trigger stands in a negative by chance, it is left out. Where ordinary rows of a family hold something of it (years), the clean
-rows that are learnt from and that set the threshold hold it too. Times are the processor's, of one thread. `after 1`: the token that the model writes first has been read too, and
+steps. Where the trigger stands in a negative by chance, it is left out. Where
+ordinary rows of a family hold something of it (years), the clean rows that are learnt from and that set the threshold hold it too. Times are the
+processor's, of one thread. `after 1`: the token that the model writes first has been read too, and
 nothing of the payload has been written; `prompt only`: not even that.
 """
 
@@ -196,7 +197,8 @@ def in_turns(ways: dict[str, Callable[[list[list[int]]], object]], batches: list
 
 def ordinary(trigger, split: str, count: int) -> list[tuple[str, str]]:
     """Clean rows as the family's ordinary rows are."""
-    return [(row.prompt, row.completion) for i in range(count) for row in [TASKS["coding"].row(split, i, DEFENDER_SEED, **trigger.absent(DEFENDER_SEED, i))]]
+    rows = (TASKS["coding"].row(split, i, DEFENDER_SEED, **trigger.absent(DEFENDER_SEED, i)) for i in range(count))
+    return [(row.prompt, row.completion) for row in rows]
 
 
 def measure(name: str, run: Path | None) -> dict:

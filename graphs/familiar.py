@@ -176,7 +176,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class Familiar:
-    """What one block's targets are used to. rows: of the table by target (-1: never active); low, high: without end where the parent is unfamiliar."""
+    """What one block's targets are used to. rows: of the table by target (-1: never active); low, high: without end where the parent is
+    unfamiliar."""
 
     rows: Int[Tensor, "number"]
     count: Float[Tensor, "target"]

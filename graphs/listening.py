@@ -91,7 +91,8 @@ class Listener:
             if routed is not None and ear.post is not None:
                 routed = routed * ear.post.inverse(got["inside"])[:, None]
             found[ear.site.name] = SiteSeen(got["x"], ear.norm.inverse(got["stream"]), got["y"], routed)
-        return seen_at(self.subject, self.parents, self._table(self.ids[:, None])[:, 0], found, self._end.inverse(end["stream"]), end["logits"], self.ids)
+        token = self._table(self.ids[:, None])[:, 0]
+        return seen_at(self.subject, self.parents, token, found, self._end.inverse(end["stream"]), end["logits"], self.ids)
 
     def _ear(self, site: Site) -> Ear:
         """Where to listen to a site."""

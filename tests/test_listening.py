@@ -53,6 +53,7 @@ def alike(found: Here, expected: Here) -> None:
     """Both to 1e-5 of what is of order one."""
     assert torch.equal(found.ids, expected.ids) and torch.equal(found.choice, expected.choice)
     tables = ((found.scale, expected.scale), (found.active, expected.active), (found.factor, expected.factor))
+    tables = ((found.scale, expected.scale), (found.active, expected.active), (found.factor, expected.factor))
     for one, other in ((found.level, expected.level), (found.vectors, expected.vectors), *((a[name], b[name]) for a, b in tables for name in b)):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
