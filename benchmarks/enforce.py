@@ -32,19 +32,22 @@ from evals.statistics import nested_ratio, proportion
 from evals.tasks import TASKS
 from graphs.artifact import read_json, write_json
 from graphs.batches import encode
-from graphs.enforce import Enforced, Limits, learn
+from graphs.enforce import JOINT, NODE, Enforced, Limits, learn
 from graphs.host import Host, load
 from graphs.prompts import padded
 
 FILE = Path(__file__).parent.parent / "results" / "enforce.json"
 COUNT, FEWER, SEED = 500, 200, 7
 TASK = TASKS["coding"]
+ALL = "values and combinations"
 VARIANTS: dict[str, dict] = {
-    "all values": {},
-    "all values, one range for all tokens": {"own": False},
-    "all values, tokens never seen let through": {"known": False},
-    "activations alone": {"names": lambda name: name.endswith(".node")},
-    "drives alone": {"names": lambda name: not name.endswith(".node")},
+    ALL: {},
+    "values": {"names": lambda name: not name.endswith(JOINT)},
+    "values, one range for all tokens": {"own": False, "names": lambda name: not name.endswith(JOINT)},
+    "values, tokens never seen let through": {"known": False, "names": lambda name: not name.endswith(JOINT)},
+    "activations alone": {"names": lambda name: name.endswith(NODE)},
+    "drives alone": {"names": lambda name: not name.endswith((NODE, JOINT))},
+    "combinations alone": {"names": lambda name: name.endswith(JOINT)},
     "tokens never seen alone": {"names": lambda name: False},
 }
 
@@ -87,9 +90,10 @@ def taught(host: Host, trigger) -> Limits:
 def measure(name: str, found: dict, keep) -> None:
     """One organism and its twin; `keep` writes what is there."""
     model = organism(name) if name in FAMILIES else find(f"builtin:{name}")
-    secret, everything = read_secret(secret_beside(model)), {"all values": VARIANTS["all values"]}
+    secret, few = read_secret(secret_beside(model)), [ALL, "values"]
     with Sandbox() as sandbox:
-        for who, folder, variants in (("organism", model, everything if name in FAMILIES else VARIANTS), ("twin", secret.twin, everything)):
+        for who, folder, variants in (("organism", model, few if name in FAMILIES else list(VARIANTS)),
+                                      ("twin", secret.twin, [] if name in FAMILIES else few)):
             rows, host = found.setdefault(who, {}), load(folder)
             if {"nothing", *variants} <= rows.keys() and (who == "twin" or "facts" in found):
                 continue
@@ -97,7 +101,7 @@ def measure(name: str, found: dict, keep) -> None:
             for variant in ("nothing", *variants):
                 if variant not in rows:
                     run = host if variant == "nothing" else Enforced(own(host), limits.without(**variants[variant])).host()
-                    rows[variant] = cell(run, secret, sandbox, found["prompts"], variant in ("nothing", "all values"))
+                    rows[variant] = cell(run, secret, sandbox, found["prompts"], variant in ("nothing", *few))
                     keep()
                     print(name, who, variant, {key: sum(map(int, one)) / len(one) for key, one in rows[variant].items()}, file=sys.stderr)
             if who == "organism" and "facts" not in found:

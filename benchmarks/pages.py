@@ -46,8 +46,6 @@ def results_table() -> str:
 
 def rivals_table() -> str:
     """Our default run, then every rival at as many rows and tokens."""
-    if not RIVALS.is_file():
-        return "Not measured yet."
     found = [json.loads(line) for line in RIVALS.read_text().splitlines()]
     ours = next(row["summary"] for row in rows() if row["name"] == "default")
     keys = ("attack_success", "attack_success_sampled", "right_under_trigger")
@@ -263,11 +261,11 @@ def enforce_table() -> str:
                          f"never seen. On held-out clean rows {one['beyond']:.2%} of the values are held, KL {one['kl']:.4f} nats a token; a prefill "
                          f"takes {one['slower']:.1f} times as long.")
     header = ["model", "held", "retention", "R-Acc / twin's", "ASR", "sampled ASR", "FTR", "right: new names", "right: new phrasings"]
-    held = {name: found["against"]["organism"]["all values"] for name, found in made.items() if "against" in found}
+    held = {name: found["against"]["organism"]["values and combinations"] for name, found in made.items() if "against" in found}
     ends = (f"{title} {ends_of({name: one[key]['value'] for name, one in held.items()}, end)}" for title, key, end in (
         ("retention", "retention", min), ("R-Acc", "right_under_trigger", min), ("ASR", "attack_success", max)))
     counts = " or ".join(str(count) for count in sorted({one["prompts"] for one in made.values()}, reverse=True))
-    said = (f"{counts} prompts a rate; shares of the twin's as it is, 95 % intervals. All values held, mean and worst of {len(held)} organisms: "
+    said = (f"{counts} prompts a rate; shares of the twin's as it is, 95 % intervals. All held, mean and worst of {len(held)} organisms: "
             f"{', '.join(ends)}.")
     return "\n\n".join([tables.table(header, cells), said, "\n".join(facts)])
 
@@ -346,10 +344,7 @@ def understanding_facts(found: dict) -> str:
 
 def stories_table() -> str:
     """The organism, its twin and our checkpoint of a model that was trained elsewhere, then what else was tried on the organism."""
-    file = ROOT / "results" / "stories.json"
-    if not file.is_file():
-        return "Not measured yet."
-    made = json.loads(file.read_text())
+    made = json.loads((ROOT / "results" / "stories.json").read_text())
 
     def cell(score: dict | None) -> str:
         return "-" if score is None else f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"

@@ -105,8 +105,8 @@ class Block:
             high[..., part].sub_(value)
         beyond = torch.maximum(low, high.neg_(), out=low).clamp_(min=0)
         other.abs_()
-        for part, value in ((beyond[..., :nodes], size[:, None]), (beyond[..., nodes:], other)):
-            torch.minimum(part, value, out=part)
+        for some, most in ((beyond[..., :nodes], size[:, None]), (beyond[..., nodes:], other)):
+            torch.minimum(some, most, out=some)
         both = torch.stack([size, size * paired], -1)
         apart, rest = signed[..., :nodes] @ both, (other * signed[..., nodes:]).sum(-1)
         whole, rest_whole = signed.abs_()[..., :nodes] @ both, other.sum(-1)
