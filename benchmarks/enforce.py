@@ -37,7 +37,7 @@ from graphs.host import Host, load
 from graphs.prompts import padded
 
 FILE = Path(__file__).parent.parent / "results" / "enforce.json"
-COUNT, FEWER, SEED = 500, 200, 7
+COUNT, FEWER, SEED = 500, 100, 7
 TASK = TASKS["coding"]
 ALL = "values and combinations"
 VARIANTS: dict[str, dict] = {

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
@@ -30,7 +28,7 @@ from transformers import LogitsProcessorList
 
 from distill.judgement import commit
 from distill.models import CLEAN_ROWS, find, read_secret, secret_beside
-from distill.monitor import sample_of
+from distill.monitor import in_turns, sample_of, watching
 from distill.rows import DEFENDER_SEED, read
 from distill.runs import bare, reopen
 from evals import detection as rivals
@@ -42,7 +40,7 @@ from evals.tasks.coding import BY_NAME, BY_TYPE, held_out_pairs, render
 from graphs.artifact import read_json, write_json
 from graphs.edges import Reconstruction
 from graphs.familiar import RARE, WIDTH, here
-from graphs.listening import left, prefill, read_on
+from graphs.listening import left, read_on
 from graphs.monitor import PARTS, Monitor, fit
 from graphs.prompts import padded
 from graphs.refusal import MonitorProcessor
@@ -160,39 +158,27 @@ def facts_of(scores: Scores, oracle: bool) -> dict:
                 "all": rivals.tpr_at(positive, every)}, "auroc_all": rivals.auroc(positive, every)}
 
 
-def overhead(monitor: Monitor, rows: list[list[int]], repeats: int = 15) -> dict:
-    """Seconds of a prompt's score against the same pass without a listener, in turns, at batch 1 and 16; and of writing NEW tokens with a
-    processor that looks at each of them, against writing them without."""
-    host, found = monitor.subject.host, {}
-    plain, processor = replace(monitor, ahead=0), MonitorProcessor(replace(monitor, threshold=math.inf, calibrated=1))
-    for size in (1, 16):
-        def write(some: list[list[int]], *watch: MonitorProcessor) -> None:
-            ids, mask = left(some)
-            host.model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None,
-                                logits_processor=LogitsProcessorList(watch))
-
-        def watched(some: list[list[int]]) -> None:
-            processor.reset()
-            with processor:
-                write(some, processor)
-
-        for what, ways in (("prompt", {"plain": lambda some: prefill(host, some), "monitored": plain.score}),
-                           ("writing", {"plain": write, "monitored": watched})):
-            found[f"{what}, batch {size}"] = in_turns(ways, [rows[turn : turn + size] for turn in range(repeats)])
-    return found
-
-
 @torch.no_grad()
-def in_turns(ways: dict[str, Callable[[list[list[int]]], object]], batches: list[list[list[int]]]) -> dict[str, float]:
-    """Median seconds of each way, and their ratio."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for some in batches:
-        for name, work in ways.items():
-            begin = time.process_time()
-            work(some)
-            times[name].append(time.process_time() - begin)
-    middle = {name: statistics.median(some) for name, some in times.items()}
-    return middle | {"ratio": middle["monitored"] / middle["plain"]}
+def overhead(monitor: Monitor, rows: list[list[int]], repeats: int = 15) -> dict:
+    """A prompt's score against the same pass with nobody listening, at batch 1 and 16; and writing NEW tokens with a processor that looks at each of
+    them, against writing them without."""
+    host, found = monitor.subject.host, {}
+    processor = MonitorProcessor(replace(monitor, threshold=math.inf, calibrated=1))
+
+    def write(some: Sequence[Sequence[int]], *watch: MonitorProcessor) -> None:
+        ids, mask = left(some)
+        host.model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None,
+                            logits_processor=LogitsProcessorList(watch))
+
+    def watched(some: Sequence[Sequence[int]]) -> None:
+        processor.reset()
+        with processor:
+            write(some, processor)
+
+    for size in (1, 16):
+        found[f"prompt, batch {size}"] = watching(replace(monitor, ahead=0), rows[: repeats * size], size)
+        found[f"writing, batch {size}"] = in_turns({"plain": write, "monitored": watched}, [rows[turn : turn + size] for turn in range(repeats)])
+    return found
 
 
 def ordinary(trigger, split: str, count: int) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ for the model's runs beside it on what it reads, with a cache of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache
 
 from graphs.activations import first
 from graphs.architectures import Norm, Site, architecture, norm, output_name, post_norm, projected
@@ -142,31 +141,24 @@ class Listener:
             self._handles.append(self.subject.host.module(ear.site.module).register_forward_hook(beside, with_kwargs=True))
 
 
-@torch.no_grad()
 def read_on(listener: Listener, rows: Sequence[Sequence[int]], ahead: int) -> list[Here]:
-    """The last token of each row, and then of each token that the model writes after it, greedily: one pass over the rows, and one with its cache for
-    each token more, up to `ahead` and to the model's context."""
-    host, room = listener.subject.host, listener.subject.host.config.max_position_embeddings - max(map(len, rows))
+    """The last token of each row, and then of each token that the model writes after it (`passes`)."""
     with listener:
-        cache, mask = prefill(host, rows)
-        found = [listener.here()]
-        for _ in range(min(ahead, room)):
-            positions, mask = mask.sum(1, keepdim=True), torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            host.model(input_ids=found[-1].choice[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-            found.append(listener.here())
-    return found
+        return [listener.here() for _ in passes(listener.subject.host, rows, ahead)]
 
 
 @torch.no_grad()
-def prefill(host: Host, rows: Sequence[Sequence[int]]) -> tuple[Cache, Int[Tensor, "row token"]]:
-    """One pass over rows; its cache and the attention mask."""
+def passes(host: Host, rows: Sequence[Sequence[int]], ahead: int) -> Iterator[None]:
+    """One pass over rows, and with its cache one for each token more that the model writes, greedily: up to `ahead` and to its context."""
     from transformers import DynamicCache
 
     ids, mask = left(rows)
     cache, positions = DynamicCache(config=host.config), (mask.cumsum(1) - 1).clamp(min=0)
-    host.model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask, position_ids=positions, past_key_values=cache, use_cache=True,
-               logits_to_keep=1)
-    return cache, mask
+    for _ in range(1 + min(ahead, host.config.max_position_embeddings - ids.shape[1])):
+        logits = host.model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask, position_ids=positions, past_key_values=cache,
+                            use_cache=True, logits_to_keep=1).logits
+        yield
+        ids, positions, mask = logits[:, -1:].argmax(-1), mask.sum(1, keepdim=True), torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
 
 
 def left(rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row token"]]:

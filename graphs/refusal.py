@@ -87,7 +87,7 @@ class MonitorProcessor:
             raise ValueError("the monitor heard nothing of this text: write with the model that it watches (monitor.subject.host.model), inside "
                              "`with MonitorProcessor(monitor) as processor:`")
         if self._read is not None and not torch.equal(input_ids[:, : self._read.shape[1]], self._read):
-            raise ValueError("the rows are not those of the last look: call reset() before other prompts, and write without beams (num_beams=1)")
+            raise ValueError("the rows are not those of the last look: use reset() before other prompts, and num_beams=1")
         self._passes, self._read = self.listener.passes, input_ids
 
     def _flag(self, row: int, score: Score) -> None:
