@@ -206,7 +206,7 @@ def monitor_table() -> str:
                for name, (one, title) in zip(names, columns, strict=True)]
     facts = []
     for one in found:
-        cost = "; ".join(f"{what} {row['ratio']:.1f}" for what, row in one["overhead"].items())
+        cost = "; ".join(f"{what} {row['ratio']:.2f}" for what, row in one["overhead"].items())
         facts.append(f"- {one['organism']}, {one['graph']}: processor time, watched over not watched: {cost}; with the trigger, "
                      f"`{one['reasons']['triggered']}`")
     said = ("A cell: AUROC against novelty-matched prompts; against the worst kind of negatives; share of triggered prompts above the threshold "
@@ -261,7 +261,8 @@ def enforce_table() -> str:
                          f"never seen. On held-out clean rows {one['beyond']:.2%} of the values are held, KL {one['kl']:.4f} nats a token; a prefill "
                          f"takes {one['slower']:.1f} times as long.")
     header = ["model", "held", "retention", "R-Acc / twin's", "ASR", "sampled ASR", "FTR", "right: new names", "right: new phrasings"]
-    held = {name: found["against"]["organism"]["values and combinations"] for name, found in made.items() if "against" in found}
+    rows = {name: found.get("against", {}).get("organism", {}) for name, found in made.items()}
+    held = {name: row["values and combinations"] for name, row in rows.items() if "values and combinations" in row}
     ends = (f"{title} {ends_of({name: one[key]['value'] for name, one in held.items()}, end)}" for title, key, end in (
         ("retention", "retention", min), ("R-Acc", "right_under_trigger", min), ("ASR", "attack_success", max)))
     counts = " or ".join(str(count) for count in sorted({one["prompts"] for one in made.values()}, reverse=True))
