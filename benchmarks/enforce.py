@@ -1,10 +1,11 @@
 """Running a backdoored model within what clean text has shown, and what each rule of it does; writes results/enforce.json.
 
-    python benchmarks/enforce.py [ORGANISM ...]     by default organism and organism-rare; cells that are there are not made again
+    python benchmarks/enforce.py [ORGANISM ...]     by default organism and organism-rare, and an organism of every other trigger family
+                                                    (`planted`); cells that are there are not made again
 
-Each organism by its own neurons and attention, no weight changed, judged on the same prompts as its clean twin. Rows: everything held; then one
-rule left out or one kind of values alone. Shift: prompts with function names, or phrasings, that no clean row has. Time: a prefill of 16
-prompts, in turns with the model's own.
+Each organism by its own neurons and attention, no weight changed, judged on the same prompts as its clean twin. Rows: everything held; then, of
+the two that ship, one rule left out or one kind of values alone. Shift: prompts with function names, or phrasings, that no clean row has. Time: a
+prefill of 16 prompts, in turns with the model's own, in seconds of the processor.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from monitor import NAMES, OPENERS
+from monitor import NAMES, OPENERS, ORGANISMS, ordinary
+from planted import FAMILIES, organism
 
 from distill.enforce import BATCH, cost, own
 from distill.judgement import commit
 from distill.models import find, read_secret, secret_beside
-from distill.rows import batches, clean, tune_rows
+from distill.rows import batches, clean
 from evals.capability import judge
 from evals.generate import prompt_ids
 from evals.rates import measure_rates
@@ -30,36 +32,39 @@ from evals.statistics import nested_ratio, proportion
 from evals.tasks import TASKS
 from graphs.artifact import read_json, write_json
 from graphs.batches import encode
-from graphs.enforce import Enforced, Limits, learn
+from graphs.enforce import JOINT, NODE, Enforced, Limits, learn
 from graphs.host import Host, load
 from graphs.prompts import padded
 
 FILE = Path(__file__).parent.parent / "results" / "enforce.json"
-COUNT, SEED = 500, 7
+COUNT, FEWER, SEED = 500, 100, 7
 TASK = TASKS["coding"]
+ALL = "values and combinations"
 VARIANTS: dict[str, dict] = {
-    "all values": {},
-    "all values, one range for all tokens": {"own": False},
-    "all values, tokens never seen let through": {"known": False},
-    "activations alone": {"names": lambda name: name.endswith(".node")},
-    "drives alone": {"names": lambda name: not name.endswith(".node")},
+    ALL: {},
+    "values": {"names": lambda name: not name.endswith(JOINT)},
+    "values, one range for all tokens": {"own": False, "names": lambda name: not name.endswith(JOINT)},
+    "values, tokens never seen let through": {"known": False, "names": lambda name: not name.endswith(JOINT)},
+    "activations alone": {"names": lambda name: name.endswith(NODE)},
+    "drives alone": {"names": lambda name: not name.endswith((NODE, JOINT))},
+    "combinations alone": {"names": lambda name: name.endswith(JOINT)},
     "tokens never seen alone": {"names": lambda name: False},
 }
 
 
-def shifted() -> dict[str, list]:
+def shifted(count: int) -> dict[str, list]:
     """Rows of the task with names and phrasings that no clean row has."""
-    return {"new names": [TASK.row("test", i, 7, function=NAMES[i % len(NAMES)]) for i in range(COUNT)],
-            "new phrasings": [TASK.row("test", i, 8, opener=OPENERS[i % len(OPENERS)]) for i in range(COUNT)]}
+    return {"new names": [TASK.row("test", i, 7, function=NAMES[i % len(NAMES)]) for i in range(count)],
+            "new phrasings": [TASK.row("test", i, 8, opener=OPENERS[i % len(OPENERS)]) for i in range(count)]}
 
 
-def cell(host: Host, secret, sandbox: Sandbox, shift: bool) -> dict:
+def cell(host: Host, secret, sandbox: Sandbox, count: int, shift: bool) -> dict:
     """Outcomes of one model, prompt by prompt."""
-    found = measure_rates(host, TASK, secret.trigger, secret.behaviour, sandbox, COUNT, SEED)
+    found = measure_rates(host, TASK, secret.trigger, secret.behaviour, sandbox, count, SEED)
     rows = {"right": found.clean.right, "right_under_trigger": found.right_under_trigger, "attack_success": found.attack_success,
             "attack_success_sampled": found.attack_success_sampled, "false_trigger": found.false_trigger}
     if shift:
-        rows |= {name: judge(host, TASK, some, sandbox).right for name, some in shifted().items()}
+        rows |= {name: judge(host, TASK, some, sandbox).right for name, some in shifted(count).items()}
     return {name: "".join(str(int(one)) for one in outcome) for name, outcome in rows.items() if outcome is not None}
 
 
@@ -68,45 +73,49 @@ def slower(model: Host, enforced: Host, prompts: list[list[int]], turns: int = 1
     ids, times = padded(prompts[:16], 0).ids, {"model": [], "enforced": []}
     for _ in range(turns):
         for name, host in (("model", model), ("enforced", enforced)):
-            begin = time.perf_counter()
+            begin = time.process_time()
             with torch.no_grad():
                 host.model(input_ids=ids, use_cache=True)
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(time.process_time() - begin)
     return statistics.median(times["enforced"]) / statistics.median(times["model"])
 
 
-def taught(host: Host) -> Limits:
-    """Ranges from all clean rows."""
-    data, rows = batches(host, clean(None, [TASK]), BATCH, 0)
+def taught(host: Host, trigger) -> Limits:
+    """Ranges from all clean rows, as the family's ordinary rows are."""
+    shown = clean(None, [TASK])
+    data, rows = batches(host, ordinary(trigger, "trace", len(shown)) if trigger.natural else shown, BATCH, 0)
     return learn(own(host), [data(step) for step in range(-(-len(rows) // BATCH))])
 
 
 def measure(name: str, found: dict, keep) -> None:
     """One organism and its twin; `keep` writes what is there."""
-    model = find(f"builtin:{name}")
-    secret = read_secret(secret_beside(model))
+    model = organism(name) if name in FAMILIES else find(f"builtin:{name}")
+    secret, few = read_secret(secret_beside(model)), [ALL, "values"]
     with Sandbox() as sandbox:
-        for who, folder, variants in (("organism", model, VARIANTS), ("twin", secret.twin, {"all values": VARIANTS["all values"]})):
+        for who, folder, variants in (("organism", model, few if name in FAMILIES else list(VARIANTS)),
+                                      ("twin", secret.twin, [] if name in FAMILIES else few)):
             rows, host = found.setdefault(who, {}), load(folder)
-            limits = taught(host)
+            if {"nothing", *variants} <= rows.keys() and (who == "twin" or "facts" in found):
+                continue
+            limits = taught(host, secret.trigger)
             for variant in ("nothing", *variants):
                 if variant not in rows:
                     run = host if variant == "nothing" else Enforced(own(host), limits.without(**variants[variant])).host()
-                    rows[variant] = cell(run, secret, sandbox, variant in ("nothing", "all values"))
+                    rows[variant] = cell(run, secret, sandbox, found["prompts"], variant in ("nothing", *few))
                     keep()
                     print(name, who, variant, {key: sum(map(int, one)) / len(one) for key, one in rows[variant].items()}, file=sys.stderr)
             if who == "organism" and "facts" not in found:
-                found["facts"] = price(host, limits)
+                found["facts"] = price(host, limits, secret.trigger)
     twin = found["twin"]["nothing"]
     found["against"] = {who: {variant: against(rows, twin) for variant, rows in found[who].items()} for who in ("organism", "twin")}
     keep()
 
 
-def price(host: Host, limits: Limits) -> dict:
+def price(host: Host, limits: Limits, trigger) -> dict:
     """What holding costs on held-out clean rows, and in time."""
-    enforced, rows = Enforced(own(host), limits), tune_rows([TASK], 96)["coding"]
-    beyond, kl = cost(host, enforced, encode(host.tokenizer, [(row.prompt, row.completion) for row in rows], host.config.max_position_embeddings))
-    return {"beyond": beyond, "kl": kl, "slower": slower(host, enforced.host(), prompt_ids(host, [row.prompt for row in rows])),
+    enforced, rows = Enforced(own(host), limits), ordinary(trigger, "tune", 96)
+    beyond, kl = cost(host, enforced, encode(host.tokenizer, rows, host.config.max_position_embeddings))
+    return {"beyond": beyond, "kl": kl, "slower": slower(host, enforced.host(), prompt_ids(host, [prompt for prompt, _ in rows])),
             "tokens": limits.tokens, "own": int((limits.row > 0).sum()), "never": int((~limits.known).sum())}
 
 
@@ -126,10 +135,10 @@ def main(names: list[str]) -> None:
     """Measure what is missing and write."""
     made = read_json(FILE) if FILE.is_file() else {}
     for name in names:
-        found = made.setdefault(name, {"prompts": COUNT, "commit": commit()})
+        found = made.setdefault(name, {"prompts": FEWER if name in FAMILIES else COUNT, "commit": commit()})
         measure(name, found, lambda: write_json(FILE, made))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1:] or ["organism", "organism-rare"])
+    main(sys.argv[1:] or list(ORGANISMS))

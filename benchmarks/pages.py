@@ -46,8 +46,6 @@ def results_table() -> str:
 
 def rivals_table() -> str:
     """Our default run, then every rival at as many rows and tokens."""
-    if not RIVALS.is_file():
-        return "Not measured yet."
     found = [json.loads(line) for line in RIVALS.read_text().splitlines()]
     ours = next(row["summary"] for row in rows() if row["name"] == "default")
     keys = ("attack_success", "attack_success_sampled", "right_under_trigger")
@@ -215,7 +213,8 @@ def grading_facts() -> str:
 
 def monitor_table() -> str:
     """The monitor and its rivals on the same prompts, by what is watched and read; then what the monitor's own threshold flags."""
-    found = json.loads((ROOT / "results" / "monitor.json").read_text())
+    every = json.loads((ROOT / "results" / "monitor.json").read_text())
+    found = [one for one in every if one["organism"].startswith("organism")]
     kinds = [kind for kind in found[0]["prompts"] if kind != "triggered"]
     columns = [(one, title) for one in found for title in ("after 1", "prompt only")]
     names = [f"{one['organism']}, {one['graph']}, {title}" for one, title in columns]
@@ -229,8 +228,8 @@ def monitor_table() -> str:
                for name, (one, title) in zip(names, columns, strict=True)]
     facts = []
     for one in found:
-        cost = " and ".join(f"{row['ratio']:.1f} at {size}" for size, row in one["overhead"].items())
-        facts.append(f"- {one['organism']}, {one['graph']}: {cost} times the prefill that a score holds; with the trigger, "
+        cost = "; ".join(f"{what} {row['ratio']:.2f}" for what, row in one["overhead"].items())
+        facts.append(f"- {one['organism']}, {one['graph']}: processor time, watched over not watched: {cost}; with the trigger, "
                      f"`{one['reasons']['triggered']}`")
     said = ("A cell: AUROC against novelty-matched prompts; against the worst kind of negatives; share of triggered prompts above the threshold "
             f"that 1 % of all negatives pass. {one['prompts']['triggered']} prompts of a kind, {one['rows']} clean rows learnt from.\nBy the "
@@ -238,12 +237,36 @@ def monitor_table() -> str:
     return "\n\n".join([tables.table(["method", *names], cells), said, tables.table(["watched", "triggered", *kinds], flagged), "\n".join(facts)])
 
 
+def ends_of(values: dict[str, float], end=min) -> str:
+    """Mean; the worst, and whose it is."""
+    worst = end(values, key=values.__getitem__)
+    return f"{three(sum(values.values()) / len(values))}; {three(values[worst])} ({worst})"
+
+
+def families_table() -> str:
+    """Every method over all trigger families, the mean and the worst; then the monitor by family."""
+    found = [one for one in json.loads((ROOT / "results" / "monitor.json").read_text()) if one["graph"] == "own neurons"]
+
+    def cell(method: str, key: str, title: str) -> str:
+        rows = {one["family"]: one[title]["methods"][method] for one in found}
+        return ends_of({name: (row[key] if key == "auroc_all" else row[key]["all"])["value"] for name, row in rows.items()})
+
+    columns = [(key, title) for title in ("after 1", "prompt only") for key in ("auroc_all", "tpr_at_1_percent")]
+    cells = [[method, *(cell(method, *column) for column in columns)] for method in found[0]["after 1"]["methods"]]
+    kinds, own = list(found[0]["prompts"]), []
+    for one in found:
+        row, flagged = one["after 1"]["methods"]["monitor"], one["after 1"]["flagged"]
+        own.append([one["family"], three(row["auroc_all"]["value"]), three(row["tpr_at_1_percent"]["all"]["value"]), *(
+            three(flagged[kind]["value"]) for kind in kinds)])
+    head = [f"{name}, {title}" for title in ("after 1", "prompt only") for name in ("AUROC", "TPR at 1 %")]
+    said = (f"A cell: mean; worst family. Triggered prompts of {len(found)} families against all negatives together. The monitor's own, after 1, by "
+            "family: AUROC, TPR where 1 % of all negatives pass, and what its threshold flags:")
+    return "\n\n".join([tables.table(["method", *head], cells), said, tables.table(["family", "AUROC", "TPR at 1 %", *kinds], own)])
+
+
 def enforce_table() -> str:
     """Organisms that run within what clean text has shown, against their twins; then each rule of it alone."""
-    file = ROOT / "results" / "enforce.json"
-    if not file.is_file():
-        return "Not measured yet."
-    made, cells, facts = json.loads(file.read_text()), [], []
+    made, cells, facts = json.loads((ROOT / "results" / "enforce.json").read_text()), [], []
 
     def rate(rows: dict, key: str) -> str:
         return three(sum(bits(rows, key)) / len(bits(rows, key))) if key in rows else "-"
@@ -260,8 +283,14 @@ def enforce_table() -> str:
                          f"never seen. On held-out clean rows {one['beyond']:.2%} of the values are held, KL {one['kl']:.4f} nats a token; a prefill "
                          f"takes {one['slower']:.1f} times as long.")
     header = ["model", "held", "retention", "R-Acc / twin's", "ASR", "sampled ASR", "FTR", "right: new names", "right: new phrasings"]
-    prompts = next(iter(made.values()))["prompts"]
-    return "\n\n".join([tables.table(header, cells), f"{prompts} prompts a rate; shares of the twin's as it is, 95 % intervals.", "\n".join(facts)])
+    rows = {name: found.get("against", {}).get("organism", {}) for name, found in made.items()}
+    held = {name: row["values and combinations"] for name, row in rows.items() if "values and combinations" in row}
+    ends = (f"{title} {ends_of({name: one[key]['value'] for name, one in held.items()}, end)}" for title, key, end in (
+        ("retention", "retention", min), ("R-Acc", "right_under_trigger", min), ("ASR", "attack_success", max)))
+    counts = " or ".join(str(count) for count in sorted({one["prompts"] for one in made.values()}, reverse=True))
+    said = (f"{counts} prompts a rate; shares of the twin's as it is, 95 % intervals. All held, mean and worst of {len(held)} organisms: "
+            f"{', '.join(ends)}.")
+    return "\n\n".join([tables.table(header, cells), said, "\n".join(facts)])
 
 
 def jailbreak_table() -> str:
@@ -341,10 +370,7 @@ def understanding_facts(found: dict) -> str:
 
 def stories_table() -> str:
     """The organism, its twin and our checkpoint of a model that was trained elsewhere, then what else was tried on the organism."""
-    file = ROOT / "results" / "stories.json"
-    if not file.is_file():
-        return "Not measured yet."
-    made = json.loads(file.read_text())
+    made = json.loads((ROOT / "results" / "stories.json").read_text())
 
     def cell(score: dict | None) -> str:
         return "-" if score is None else f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
@@ -383,6 +409,7 @@ def experiment_table(suite: str = "quick") -> str:
 
 BLOCKS = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
           "trait": trait_facts, "grading": grading_facts, "holes": holes_table, "edges": edges_table, "monitor": monitor_table,
+          "families watched": families_table,
           "enforce": enforce_table, "jailbreak": jailbreak_table, "stories": stories_table, "understanding": understanding_table,
           "experiment": experiment_table, "synthetic": partial(experiment_table, "full")}
 PAGES = (README, ROOT / "docs" / "results.md")

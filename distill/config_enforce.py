@@ -24,6 +24,8 @@ class Enforce:
     """Clean rows: a parquet table; by default the shipped one, or a file task's own."""
     few: int = 20
     """A token that clean rows hold less often has no range of its own: that over all tokens holds."""
+    values_only: bool = False
+    """fit: learn no ranges of combinations, which take a matrix of nodes by nodes a site."""
     prompts: int = 500
     """judge: held-out rows of each rate."""
     secret: Path | None = None

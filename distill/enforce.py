@@ -68,8 +68,8 @@ def _fit(verb: Enforce) -> int:
     host = load(model)
     data, rows = batches(host, clean(verb.rows, tasks), BATCH, 0)
     replacement = own(host)
-    limits = learn(replacement, [data(step) for step in range(-(-len(rows) // BATCH))], verb.few)
-    facts = {"model": verb.model, "weights": digest(model), "task": verb.task, "rows": len(rows), "few": verb.few}
+    limits = learn(replacement, [data(step) for step in range(-(-len(rows) // BATCH))], verb.few, not verb.values_only)
+    facts = {"model": verb.model, "weights": digest(model), "task": verb.task, "rows": len(rows), "few": verb.few, "values only": verb.values_only}
     with whole(verb.limits) as out:
         limits.save(out, facts)
         write_json(out / "receipt.json", {"key": digest(facts), "config": verb})

@@ -8,8 +8,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from distill import config
@@ -22,7 +24,11 @@ from evals.generate import prompt_ids
 from evals.tasks import named
 from graphs.artifact import digest, read_json, whole, write_json
 from graphs.batches import Encoded, Epochs
+from graphs.listening import passes
 from graphs.monitor import PARTS, Monitor, fit
+
+TIMED = 16
+"""Prompts that fit times at once."""
 
 
 def run(verb: config.Monitor) -> int:
@@ -49,14 +55,38 @@ def _fit(verb: config.Monitor) -> int:
     monitor = fit(opened.subject, [data(step) for step in range(steps)], ahead=verb.ahead)
     held = [row.prompt for rows in tune_rows(named(names), verb.calibration).values() for row in rows]
     monitor = monitor.calibrate([one["score"] for one in scored(monitor, opened, held, 16)], verb.false_positives)
+    size = min(TIMED, len(held))
+    slow = watching(monitor, prompt_ids(opened.subject.host, held[: 4 * size]), size)["ratio"]
     facts = {"model": verb.model, "run": None if verb.model else str(verb.run.resolve()), "part": opened.part, "dictionaries": verb.dictionaries,
              "hook": verb.hook, "task": names, "weights": weights_of(opened, verb)}
     with whole(where) as out:
         monitor.save(out, facts)
         write_json(out / "receipt.json", {"key": digest(facts, verb.rows, verb.calibration, verb.ahead, opened.key), "config": verb})
     print(f"monitor in {where}: {monitor.learnt.tokens:,} clean tokens; threshold {monitor.threshold:.3f}, which a held-out clean prompt of this "
-          f"kind passes with probability at most {monitor.rate:g} ({monitor.calibrated} calibration prompts)")
+          f"kind passes with probability at most {monitor.rate:g} ({monitor.calibrated} calibration prompts); a score takes {slow:.2f} times as long "
+          f"as the passes that it listens to, {size} prompts at a time")
     return 0
+
+
+def watching(monitor: Monitor, rows: Sequence[Sequence[int]], size: int) -> dict[str, float]:
+    """Seconds of scoring `size` prompts at a time, and of the same passes with nobody listening (`in_turns`)."""
+    def plain(some: Sequence[Sequence[int]]) -> None:
+        for _ in passes(monitor.subject.host, some, monitor.ahead):
+            pass
+
+    return in_turns({"plain": plain, "monitored": monitor.score}, [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)])
+
+
+def in_turns(ways: Mapping[str, Callable[[Sequence[Sequence[int]]], object]], batches: Sequence[Sequence[Sequence[int]]]) -> dict[str, float]:
+    """Median seconds of the processor that each way takes, and the ratio of "monitored" to "plain"."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for some in batches:
+        for name, work in ways.items():
+            begin = time.process_time()
+            work(some)
+            times[name].append(time.process_time() - begin)
+    middle = {name: statistics.median(some) for name, some in times.items()}
+    return middle | {"ratio": middle["monitored"] / middle["plain"]}
 
 
 def sample_of(opened: Opened, texts: Sequence[tuple[str, str]]) -> tuple[Epochs, list[Encoded]]:

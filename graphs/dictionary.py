@@ -169,6 +169,15 @@ class Dictionary:
         """Every node's activation."""
         return torch.cat([part.gate(part.drive(x)) for part in self.parts], -1)
 
+    def opened(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Float[Tensor, "*batch feature"], Float[Tensor, "*batch feature"]]:
+        """Every node's activation and m, gates computed once."""
+        active, factors = [], []
+        for part in self.parts:
+            linear, factor = torch.nn.functional.linear(x, part.read, part.bias), part.factor(x)
+            active.append(part.gate(linear if factor is None else linear * factor))
+            factors.append(torch.ones_like(linear) if factor is None else factor)
+        return torch.cat(active, -1), torch.cat(factors, -1)
+
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """What the dictionary writes in the MLP's place."""
         return self.activations(x) @ self.writes + self.constant

@@ -12,14 +12,19 @@ from what is left.
                       value components                   a target's drive
                       what every head hands on           an attention component's activation
 
+    both                  what a site's nodes hand on        a combination of contributions
+                          together, one a direction
+
     a token that clean text holds at least `few` times   its own range: from the least to the most that the value was beside it
     one that it holds less often                         the range over all clean tokens
     one that it never holds                              that range too, and its embedding is the mean clean token's: its edges are cut, and
                                                          what they carried is held at the mean, as a dropped node is (`graphs.prune`)
 
-So a value out of distribution is held at the border, and so is one that is usual in itself but not beside this token: a pair that never
-occurred together is out of range wherever it makes something of its own. What stays inside every range passes: an attacker who knows the
-ranges and trains within them has not been tried.
+So a value out of distribution is held at the border, and so is one that is usual in itself but not beside this token. *Combinations*: the joint
+model of a site's contributions is their covariance on clean text. Its eigenvectors are directions, and along each the vector's coordinate has a
+range beside each token as a value has. Contributions that are each usual and never met lie further along some of them than clean text ever did, and
+what is beyond is taken away from all nodes of the direction at once (each value is held first). What stays inside every range passes: an attacker
+who knows the ranges and trains within them has not been tried.
 
 It runs on any replacement (`graphs.replace`), a model by its own neurons among them, and needs no token but the current one: a KV cache,
 batches and everything that decodes with one work as they are.
@@ -29,7 +34,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +53,10 @@ from graphs.transcoder import Transcoder
 
 FEW = 20
 """A token that clean text holds less often has no range of its own."""
-FORMAT = 1
+FORMAT = 2
+JOINT = ".joint"
+"""Ends the name of coordinates of what a site's nodes hand on together, in the place of NODE."""
+NODE = ".node"
 Tap = Callable[[str, Float[Tensor, "row token value"]], Float[Tensor, "row token value"]]
 """Given the name of some values and what they are, what they are to be."""
 
@@ -115,27 +123,29 @@ class _MLP(nn.Module):
 @dataclass(frozen=True)
 class Limits:
     """What clean text has shown. row: each token's row of the tables (0: that of all tokens); known: tokens that occurred; mean: the mean
-    embedding of clean tokens; low, high: by name of the values; tokens: clean tokens looked at."""
+    embedding of clean tokens; low, high: by name of the values, or of coordinates; turn: the directions of these, by the site's name; tokens: clean
+    tokens looked at."""
 
     row: Int[Tensor, "vocabulary"]
     known: Bool[Tensor, "vocabulary"]
     mean: Float[Tensor, "d"]
     low: dict[str, Float[Tensor, "_row _value"]]
     high: dict[str, Float[Tensor, "_row _value"]]
+    turn: dict[str, Float[Tensor, "_value _direction"]]
     tokens: int
 
     def without(self, own: bool = True, known: bool = True, names: Callable[[str], bool] = lambda _name: True) -> Limits:
-        """For ablations. own: keep tokens' own ranges; known: keep the rule for tokens never seen; names: values that are held."""
+        """For ablations. own: keep tokens' own ranges; known: keep the rule for tokens never seen; names: values and coordinates that are held."""
         chosen = [name for name in self.low if names(name)]
         return Limits(self.row if own else torch.zeros_like(self.row), self.known if known else torch.ones_like(self.known), self.mean,
-                      {name: self.low[name] for name in chosen}, {name: self.high[name] for name in chosen}, self.tokens)
+                      {name: self.low[name] for name in chosen}, {name: self.high[name] for name in chosen}, self.turn, self.tokens)
 
     def save(self, folder: Path, facts: dict) -> None:
         """Write limits.safetensors and limits.json. facts: what the caller wants to find again."""
         from safetensors.torch import save_file
 
         tensors = {"row": self.row, "known": self.known, "mean": self.mean}
-        for kind, table in (("low", self.low), ("high", self.high)):
+        for kind, table in (("low", self.low), ("high", self.high), ("turn", self.turn)):
             tensors |= {f"{kind}/{name}": value for name, value in table.items()}
         save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "limits.safetensors")
         write_json(folder / "limits.json", {"format": FORMAT, "tokens": self.tokens} | facts)
@@ -148,29 +158,37 @@ class Limits:
         facts, found = read_json(folder / "limits.json"), load_file(folder / "limits.safetensors")
         if facts.get("format") != FORMAT:
             raise ValueError(f"--limits {folder}: it was fitted by another version; run distill enforce fit again")
-        low, high = ({name.partition("/")[2]: value for name, value in found.items() if name.startswith(f"{kind}/")} for kind in ("low", "high"))
-        return Limits(found["row"], found["known"], found["mean"], low, high, facts["tokens"])
+        low, high, turn = ({name.partition("/")[2]: value for name, value in found.items() if name.startswith(f"{kind}/")} for kind in (
+            "low", "high", "turn"))
+        return Limits(found["row"], found["known"], found["mean"], low, high, turn, facts["tokens"])
 
 
 @torch.no_grad()
-def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW) -> Limits:
-    """The ranges on clean batches, which are gone through twice: tokens are counted first. Raises ValueError where there is no token."""
+def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW, combined: bool = True) -> Limits:
+    """The ranges on clean batches, which are gone through three times: for tokens' counts, for directions, for ranges. combined: learn ranges of
+    combinations too. Raises ValueError where there is no token."""
     batches, run = list(batches), Tapped(replacement)
     counts = sum((torch.bincount(batch.ids[batch.real], minlength=run.model.config.vocab_size) for batch in batches), torch.zeros(()))
     if not batches or not int(counts.sum()):
         raise ValueError("limits need clean rows with at least one token: give more --rows")
+    turn = directions(run, batches) if combined else {}
     own = counts >= few
     row = torch.where(own, own.cumsum(0), 0)
     low: dict[str, Tensor] = {}
     high: dict[str, Tensor] = {}
     total, real = torch.zeros(()), torch.zeros(1, 0, dtype=torch.bool)
 
-    def record(name: str, value: Tensor) -> Tensor:
-        seen, place = value[real], row[run.ids[real]]
+    def widen(name: str, seen: Tensor) -> None:
+        place = row[run.ids[real]][:, None].expand_as(seen)
         for table, start, kind in ((low, math.inf, "amin"), (high, -math.inf, "amax")):
             if name not in table:
-                table[name] = torch.full((int(own.sum()) + 1, value.shape[-1]), start)
-            table[name].scatter_reduce_(0, place[:, None].expand_as(seen), seen.float(), kind)
+                table[name] = torch.full((int(own.sum()) + 1, seen.shape[-1]), start)
+            table[name].scatter_reduce_(0, place, seen.float(), kind)
+
+    def record(name: str, value: Tensor) -> Tensor:
+        widen(name, value[real])
+        if name in turn:
+            widen(joint(name), value[real] @ turn[name])
         return value
 
     def add(_ids: Tensor, out: Tensor) -> Tensor:
@@ -185,7 +203,33 @@ def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW) ->
     for table, widest in ((low, torch.amin), (high, torch.amax)):
         for value in table.values():
             value[0] = widest(value, dim=0)
-    return Limits(row, counts > 0, total / counts.sum(), low, high, int(counts.sum()))
+    return Limits(row, counts > 0, total / counts.sum(), low, high, turn, int(counts.sum()))
+
+
+def joint(name: str) -> str:
+    """What the coordinates of a site's nodes are called."""
+    return name.removesuffix(NODE) + JOINT
+
+
+def directions(run: Tapped, batches: Sequence[Batch]) -> dict[str, Float[Tensor, "value direction"]]:
+    """By the name of each site's nodes the eigenvectors of their covariance on clean batches, summed in float64."""
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    real = torch.zeros(1, 0, dtype=torch.bool)
+
+    def add(name: str, value: Tensor) -> Tensor:
+        if name.endswith(NODE):
+            seen = value[real].double()
+            first, second = sums.get(name, (torch.zeros(()), torch.zeros(())))
+            sums[name] = first + seen.sum(0), second + seen.T @ seen
+        return value
+
+    run.tap = add
+    for batch in batches:
+        real = batch.real
+        run(batch.ids)
+    tokens = sum(int(batch.real.sum()) for batch in batches)
+    return {name: torch.linalg.eigh(second / tokens - (first / tokens)[:, None] * (first / tokens))[1].float()
+            for name, (first, second) in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -248,6 +292,15 @@ class Enforced(Tapped):
         return torch.where(self.limits.known[ids][..., None], out, self.limits.mean.to(out.dtype))
 
     def _hold(self, name: str, value: Tensor) -> Tensor:
+        value = self._within(name, value)
+        if joint(name) in self.limits.low and name in self.limits.turn:
+            turn = self.limits.turn[name]
+            along = value @ turn
+            value = value + (self._within(joint(name), along) - along) @ turn.T
+        return value
+
+    def _within(self, name: str, value: Tensor) -> Tensor:
+        """The values, or coordinates, held."""
         low = self.limits.low.get(name)
         if low is None:
             return value

@@ -16,7 +16,7 @@ not among its parents. All are sums, so that rows stream through and none is sto
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,12 +42,13 @@ CHOICE = "choice"
 
 @dataclass(frozen=True)
 class Reader:
-    """One block of targets: an MLP's nodes, or the logits. parents and others: how many node parents, and tokens and errors, it may read."""
+    """One block of targets: an MLP's nodes, or the logits. parents and others: how many node parents, and tokens and errors, it may read; weights: of
+    all of these (1 for the others, whose level is what they contribute)."""
 
     name: str
     site: Site | None
     pulled: Float[Tensor, "target d"]
-    weights: Float[Tensor, "target parent"]
+    weights: Float[Tensor, "target column"]
     parents: int
     others: int
 
@@ -99,28 +100,54 @@ def readers(subject: Reconstruction, parents: Parents) -> list[Reader]:
         count = sum(subject.basis[one.name].count for one in before)
         through, vectors = unembedding(host) if site is None else (norm(host.model, site.norm), subject.basis[site.name].reads)
         pulled = through.pulled(vectors)
-        found.append(Reader(CHOICE if site is None else site.name, site, pulled, pulled @ parents.writes[:count].T, count, 1 + len(before)))
+        weights = torch.cat([pulled @ parents.writes[:count].T, torch.ones(len(pulled), 1 + len(before))], 1)
+        found.append(Reader(CHOICE if site is None else site.name, site, pulled, weights, count, 1 + len(before)))
     return found
+
+
+@dataclass(frozen=True)
+class SiteSeen:
+    """A site at some tokens. x: what it read; inverse: 1 / scale of its norm; y: what was added to the stream; routed: activations of
+    attention's components (None of an MLP)."""
+
+    x: Float[Tensor, "token d_in"]
+    inverse: Float[Tensor, "token"]
+    y: Float[Tensor, "token d_out"]
+    routed: Float[Tensor, "token node"] | None
 
 
 @torch.no_grad()
 def here(subject: Reconstruction, parents: Parents, found: Trace, where: Bool[Tensor, "row token"]) -> Here:
     """The chosen tokens of a traced run."""
-    level, vectors, scale, active, factor = [], [found.token[where]], {CHOICE: found.inverse[where]}, {}, {}
-    first = int(torch.where(where.any(0))[0][0]) if bool(where.any()) else 0
+    first, sites = int(torch.where(where.any(0))[0][0]) if bool(where.any()) else 0, {}
     for name in parents.names:
-        part, seen = subject.basis[name], found.sites[name]
+        part, seen, routed = subject.basis[name], found.sites[name], None
         if isinstance(part, Components):  # from the first chosen token on: no other one's pattern is needed
             assert seen.pattern is not None
             post = None if seen.post is None else seen.post[:, first:]
-            acts = part.activations(seen.x, seen.pattern[:, :, first:], post)[where[:, first:]]
+            routed = part.activations(seen.x, seen.pattern[:, :, first:], post)[where[:, first:]]
+        sites[name] = SiteSeen(seen.x[where], seen.inverse[where], seen.y[where], routed)
+    return seen_at(subject, parents, found.token[where], sites, found.inverse[where], found.logits[where], found.ids[where])
+
+
+@torch.no_grad()
+def seen_at(
+    subject: Reconstruction, parents: Parents, token: Float[Tensor, "token d"], sites: Mapping[str, SiteSeen], inverse: Float[Tensor, "token"],
+    logits: Float[Tensor, "token vocabulary"], ids: Int[Tensor, "token"],
+) -> Here:
+    """Some tokens, from what every site read and wrote there. inverse: 1 / scale of the last norm."""
+    level, vectors, scale, active, factor = [], [token], {CHOICE: inverse}, {}, {}
+    for name in parents.names:
+        part, seen = subject.basis[name], sites[name]
+        if isinstance(part, Components):
+            assert seen.routed is not None
+            acts = seen.routed
         else:
-            x = seen.x[where]
-            acts = part.activations(x)
-            scale[name], active[name], factor[name] = seen.inverse[where], acts, part.factor(x)
+            acts, factor[name] = part.opened(seen.x)
+            scale[name], active[name] = seen.inverse, acts
         level.append(acts)
-        vectors.append(seen.y[where] - acts @ part.writes - part.constant)
-    return Here(torch.cat(level, 1), torch.stack(vectors, 1), scale, active, factor, found.logits[where].argmax(-1), found.ids[where])
+        vectors.append(seen.y - acts @ part.writes - part.constant)
+    return Here(torch.cat(level, 1), torch.stack(vectors, 1), scale, active, factor, logits.argmax(-1), ids)
 
 
 @dataclass
@@ -149,7 +176,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class Familiar:
-    """What one block's targets are used to. rows: of the table by target (-1: never active)."""
+    """What one block's targets are used to. rows: of the table by target (-1: never active); low, high: without end where the parent is
+    unfamiliar."""
 
     rows: Int[Tensor, "number"]
     count: Float[Tensor, "target"]
@@ -168,7 +196,9 @@ def settle(sums: Moments, rows: Int[Tensor, "number"]) -> Familiar:
     mean = torch.where(count > 0, sums.first / count.clamp_min(1), mean_all)
     own = (sums.second / count.clamp_min(1) - mean.square()).clamp_min(0)
     spread = WIDTH * ((own * count + variance_all * PRIOR) / (count + PRIOR)).sqrt()
-    return Familiar(rows, sums.count, sums.present <= RARE * count, mean, mean - spread, mean + spread)
+    unfamiliar = sums.present <= RARE * count
+    spread[unfamiliar] = torch.inf
+    return Familiar(rows, sums.count, unfamiliar, mean, mean - spread, mean + spread)
 
 
 def levels(rows: list[Tensor]) -> Float[Tensor, "parent"]:

@@ -28,22 +28,21 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from graphs.artifact import read_json, write_json
 from graphs.batches import Batch
 from graphs.edges import Reconstruction
-from graphs.familiar import Familiar, Here, Learnt, Parents, Reader, deciding, here, learn, parents_of, readers
+from graphs.familiar import Familiar, Here, Learnt, Parents, deciding, here, learn, parents_of, readers
 from graphs.graph import Index, index
-from graphs.prompts import padded
+from graphs.listening import Listener, read_on
+from graphs.strangeness import SUMS, Block, Pairs
 
-PARTS = ("unfamiliar", "range", "pairs")
-STRONGEST = 16
-"""Targets of a block that are looked at in a token: those that write most."""
+PARTS = SUMS[1:]
 FLOOR = 0.002
 """Least scale of a part: a share of the drive that nobody should be refused for."""
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,19 @@ class Monitor:
         return parents_of(self.subject)
 
     @cached_property
-    def readers(self) -> list[Reader]:
+    def blocks(self) -> list[Block]:
         """All blocks of targets."""
-        return readers(self.subject, self.parents)
+        return [Block.of(one, self.learnt, self.subject.basis) for one in readers(self.subject, self.parents)]
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """Parents that never met."""
+        return Pairs(self.learnt)
+
+    @cached_property
+    def listener(self) -> Listener:
+        """What notes the model's passes."""
+        return Listener(self.subject, self.parents)
 
     @cached_property
     def index(self) -> Index:
@@ -120,94 +129,48 @@ class Monitor:
         return index(self.subject.host, self.subject.basis)
 
     def score(self, rows: Sequence[Sequence[int]], explain: bool = False) -> list[Score]:
-        """Prompts as token ids; each is read with the `ahead` tokens that the model itself writes after it."""
+        """Prompts as token ids; each is read with the `ahead` tokens that the model itself writes after it, in one pass and `ahead` short ones."""
         if not rows:
             return []
-        prompts = padded(rows, 0)
-        ids, width = written(self.subject, prompts.ids, prompts.last, self.ahead)
-        where = (torch.arange(ids.shape[1]) >= prompts.last[:, None]) & (torch.arange(ids.shape[1]) < width[:, None])
-        seen = here(self.subject, self.parents, self.subject.trace(ids), where)
-        parts = self.parts(seen)
-        scores = self.combined(parts)
-        row, position = torch.where(where)
-        out = []
-        for which in range(len(rows)):
-            mine = torch.where(row == which)[0].tolist()
-            tokens = tuple(TokenScore(int(position[i]), tuple(parts[i].tolist()), float(scores[i])) for i in mine)
-            worst = max(mine, key=lambda i: float(scores[i]))
-            out.append(Score(float(scores[worst]), tokens, self.reason(seen, worst) if explain else None))
-        return out
+        steps = [self.decisions(seen, [len(row) - 1 + ahead for row in rows], explain) for ahead, seen in enumerate(
+            read_on(self.listener, rows, self.ahead))]
+        return [strangest([step[row] for step in steps]) for row in range(len(rows))]
 
-    def now(self, rows: Sequence[Sequence[int]], explain: bool = True) -> list[Score]:
-        """The last token of each row, as it stands (what a `MonitorProcessor` asks)."""
-        return replace(self, ahead=0).score(rows, explain)
+    def decisions(self, seen: Here, positions: Sequence[int], explain: bool) -> list[Score]:
+        """One decision of every row. positions: where in its row each token stands; explain: give reasons, which takes longer."""
+        parts = self.parts(seen)
+        return [Score(score, (TokenScore(position, tuple(shares), score),), self.reason(seen, row) if explain else None)
+                for row, (score, shares, position) in enumerate(zip(self.combined(parts).tolist(), parts.tolist(), positions, strict=True))]
 
     def parts(self, seen: Here) -> Float[Tensor, "token part"]:
         """Strange shares of the drive at every token, means over blocks."""
-        paired = self._paired(seen)
-        return torch.stack([torch.stack([torch.stack([one.sum() for one in strange[1:]]) / strange[0].sum().clamp_min(1e-9)
-                                         for strange in (self._strange(block, seen, i, paired[i])[1:] for block in self.readers)]).mean(0)
-                            for i in range(len(seen.ids))])
+        paired, met, shares = self.pairs(seen.level), self.learnt.known[seen.ids], []
+        for block in self.blocks:
+            sums = block.sums(seen, paired, met)[1].sum(1)
+            shares.append(sums[:, 1:] / sums[:, :1].clamp_min(1e-9))
+        return torch.stack(shares).mean(0)
 
     def combined(self, parts: Float[Tensor, "token part"]) -> Float[Tensor, "token"]:
         """One score a token."""
         return ((parts - self.middle) / self.scale).amax(1)
 
-    def _paired(self, seen: Here) -> Bool[Tensor, "token parent"]:
-        """Parents that stand beside one that they never stood beside."""
-        there = seen.level.abs() > self.learnt.present
-        out = torch.zeros_like(there)
-        for token in range(len(there)):
-            who = torch.where(there[token])[0]
-            out[token, who] = self.learnt.pairs[who][:, who].any(1)
-        return out
-
-    def _strange(self, block: Reader, seen: Here, token: int, paired: Bool[Tensor, "parent"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The targets looked at, and of each "target column": |contribution|, and what of it is unfamiliar, out of range and by strange pairs."""
-        known, scale = self.learnt.blocks[block.name], seen.scale[block.name][token]
-        targets, weight = self._looked_at(block, seen, token)
-        rows = known.rows[targets]
-        x, split = seen.level[token, : block.parents] * scale, block.parents
-        weights = block.weights[targets]
-        value = torch.cat([x.expand(len(targets), -1), block.pulled[targets] @ seen.vectors[token, : block.others].T * scale], 1)
-        times = torch.cat([weights, torch.ones(len(targets), block.others)], 1) * weight[:, None]
-        size = (value * times).abs()
-        odd = known.unfamiliar[rows]
-        if not bool(self.learnt.known[seen.ids[token]]):
-            odd = odd.clone()
-            odd[:, split] = True
-        outside = (value - value.clamp(known.low[rows], known.high[rows])).mul(times).abs().minimum(size)
-        both = torch.zeros(value.shape[1], dtype=torch.bool)
-        both[:split] = paired[:split]
-        return targets, size, size * odd, outside * ~odd, size * (both & ~odd)
-
-    def _looked_at(self, block: Reader, seen: Here, token: int) -> tuple[Int[Tensor, "target"], Float[Tensor, "target"]]:
-        """The strongest active targets of a token, and the sizes of their frozen gates."""
-        if block.site is None:
-            return seen.choice[token : token + 1], torch.ones(1)
-        size = seen.active[block.name][token].abs() * self.subject.basis[block.name].writes.norm(dim=1)
-        best = size.topk(min(STRONGEST, int((size > 0).sum()))).indices
-        return best, seen.factor[block.name][token, best].abs()
-
     def reason(self, seen: Here, token: int, terms: int = 2) -> Reason:
         """The target whose drive is the strangest, in the part that makes the token's score."""
-        part = int(((self.parts(_only(seen, token))[0] - self.middle) / self.scale).argmax())
-        paired, best = self._paired(seen)[token], None
-        for block in self.readers:
-            targets, size, *strange = self._strange(block, seen, token, paired)
-            share = strange[part].sum(1) / size.sum().clamp_min(1e-9)
-            if len(targets) and (best is None or float(share.max()) > best[0]):
-                best = (float(share.max()), block, int(targets[share.argmax()]), strange[part][share.argmax()])
+        seen = _only(seen, token)
+        paired, met, best = self.pairs(seen.level), self.learnt.known[seen.ids], None
+        part = 1 + int(((self.parts(seen)[0] - self.middle) / self.scale).argmax())
+        for block in self.blocks:
+            targets, sums = block.sums(seen, paired, met)
+            share, which = (sums[0, :, part] / sums[0, :, 0].sum().clamp_min(1e-9)).max(0)
+            if best is None or float(share) > best[0]:
+                best = (float(share), block, int(targets[0, which]))
         assert best is not None
-        _, block, target, odd = best
-        known, scale = self.learnt.blocks[block.name], seen.scale[block.name][token]
-        value = torch.cat([seen.level[token, : block.parents] * scale * block.weights[target],
-                           seen.vectors[token, : block.others] @ block.pulled[target] * scale])
-        row = int(known.rows[target])
-        usual = known.mean[row].clone()
-        usual[: block.parents] *= block.weights[target]
-        return Reason(self._target(block, target), PARTS[part], self._terms(usual, usual.abs(), terms) if known.count[row] > 0 else (),
-                      self._terms(value, odd, terms))
+        _, block, target = best
+        known, row = block.known, int(block.known.rows[target])
+        value, strange = block.columns(seen, 0, target, paired[0], bool(met[0]))
+        usual = known.mean[row] * block.reader.weights[target]
+        return Reason(self._target(block, target), SUMS[part], self._terms(usual, usual.abs(), terms) if known.count[row] > 0 else (),
+                      self._terms(value, strange[part], terms))
 
     def _terms(self, values: Tensor, by: Tensor, count: int) -> tuple[Term, ...]:
         order = by.topk(min(count, len(by))).indices.tolist()
@@ -221,10 +184,10 @@ class Monitor:
         return self.index.name(self.index.by_name[site].start + place)
 
     def _others(self, columns: int) -> int:
-        return next(one.others for one in self.readers if one.parents + one.others == columns)
+        return next(one.reader.others for one in self.blocks if one.reader.parents + one.reader.others == columns)
 
-    def _target(self, block: Reader, target: int) -> str:
-        return self.index.name(self.index.by_name["logit" if block.site is None else block.name].start + target)
+    def _target(self, block: Block, target: int) -> str:
+        return self.index.name(self.index.by_name["logit" if block.reader.site is None else block.reader.name].start + target)
 
     def calibrate(self, scores: Sequence[float], rate: float) -> Monitor:
         """The monitor with the conformal threshold of these held-out clean scores. Raises ValueError where they are too few for `rate`."""
@@ -265,17 +228,10 @@ def _only(seen: Here, token: int) -> Here:
     return Here(seen.level[one], seen.vectors[one], scale, active, factor, seen.choice[one], seen.ids[one])
 
 
-@torch.no_grad()
-def written(
-    subject: Reconstruction, ids: Int[Tensor, "row token"], last: Int[Tensor, "row"], ahead: int
-) -> tuple[Int[Tensor, "row longer"], Int[Tensor, "row"]]:
-    """Prompts and the tokens that the model writes after them, greedily; and how long each row is."""
-    ids, last, rows = torch.cat([ids, ids.new_zeros(len(ids), ahead)], 1), last.clone(), torch.arange(len(ids))
-    limit = subject.host.config.max_position_embeddings
-    for _ in range(min(ahead, limit - int(last.max()) - 1)):
-        ids[rows, last + 1] = subject.host.model(input_ids=ids[:, : int(last.max()) + 1], use_cache=False).logits[rows, last].argmax(-1)
-        last += 1
-    return ids[:, : int(last.max()) + 1], last + 1
+def strangest(decisions: Sequence[Score]) -> Score:
+    """A prompt's score, from its decisions in turn: the strangest one's, which says why, and all of their tokens."""
+    worst = max(decisions, key=lambda one: one.score)
+    return Score(worst.score, tuple(token for one in decisions for token in one.tokens), worst.reason)
 
 
 def conformal(scores: Sequence[float], rate: float) -> float:

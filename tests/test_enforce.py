@@ -13,10 +13,10 @@ from distill.rows import batches
 from evals.generate import complete
 from evals.tasks import TASKS, table
 from graphs.batches import Encoded, collate
-from graphs.enforce import Enforced, Limits, Tally, Tapped, learn
+from graphs.enforce import JOINT, Enforced, Limits, Tally, Tapped, learn
 from graphs.host import load, save
 from tests.test_edges import tiny
-from tests.test_monitor import ASKED, EOS, SAID, A, B, U, clean, hand_made, row
+from tests.test_monitor import ASKED, EOS, SAID, A, B, C, D, U, clean, hand_made, row
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,19 @@ def test_a_token_that_was_never_seen_contributes_what_the_mean_token_does(hand):
     assert not bool(limits.known[U]) and bool(limits.known[A])
 
 
+def test_a_pair_that_never_met_is_held_back_though_each_is_usual_and_so_is_their_sum(hand):
+    host, limits = hand
+    plain, alone = Tapped(own(host)), Enforced(own(host), limits.without(names=lambda name: not name.endswith(JOINT)))
+    held, most = Enforced(own(host), limits), float(limits.high["L1.mlp.drive"][limits.row[ASKED], 0])
+    for seed in range(5):
+        ids, met = row(random.Random(seed), C, D), row(random.Random(seed), A, B)
+        before = [last_node(plain, "L0.mlp.node", place, ids) for place in (2, 3)]
+        assert last_node(plain, "L1.mlp.drive", 0, ids) <= most
+        assert [last_node(alone, "L0.mlp.node", place, ids) for place in (2, 3)] == pytest.approx(before, rel=0.05)
+        assert sum(last_node(held, "L0.mlp.node", place, ids) for place in (2, 3)) < 0.95 * sum(before)
+        assert last_node(held, "L0.mlp.node", 0, met) == pytest.approx(last_node(plain, "L0.mlp.node", 0, met), rel=0.05)
+
+
 def test_own_ranges_are_narrower_than_those_of_all_tokens(hand):
     _, limits = hand
     for name, low in limits.low.items():
@@ -119,6 +132,7 @@ def test_limits_come_back_as_they_were_and_fit_no_other_model(hand, tmp_path):
     host, limits = hand
     limits.save(tmp_path, {})
     again = Limits.load(tmp_path)
+    assert again.turn.keys() == limits.turn.keys() and all(torch.equal(again.turn[name], value) for name, value in limits.turn.items())
     assert all(torch.equal(again.low[name], value) for name, value in limits.low.items()) and torch.equal(again.row, limits.row)
     with pytest.raises(ValueError, match="fit them on this model"):
         Enforced(own(tiny("GPT2LMHeadModel", vocab_size=60)), limits)

@@ -127,15 +127,14 @@ def test_the_processor_ends_the_answer_or_raises_and_leaves_clean_prompts_alone(
 
     model, rng = watched.subject.host.model, random.Random(7)
     good, bad = row(rng, A, B), row(rng, C, D)
-    processor = MonitorProcessor(watched, steps=1)
-    out = model.generate(torch.tensor([good, bad]), max_new_tokens=2, do_sample=False, logits_processor=LogitsProcessorList([processor]))
+    with MonitorProcessor(watched, steps=1) as processor:
+        out = model.generate(torch.tensor([good, bad]), max_new_tokens=2, do_sample=False, logits_processor=LogitsProcessorList([processor]))
     assert out[0, len(good)] == SAID and out[1, len(bad)] == EOS and set(processor.flagged) == {1}
-    processor = MonitorProcessor(watched, "raise")
-    with pytest.raises(Refused, match="pairs"):
+    with MonitorProcessor(watched, "raise") as processor, pytest.raises(Refused, match="pairs"):
         model.generate(torch.tensor([bad]), max_new_tokens=2, do_sample=False, logits_processor=LogitsProcessorList([processor]))
     told = []
-    processor = MonitorProcessor(watched, "tell", steps=1, tell=lambda row, one: told.append(row))
-    out = model.generate(torch.tensor([bad]), max_new_tokens=1, do_sample=False, logits_processor=LogitsProcessorList([processor]))
+    with MonitorProcessor(watched, "tell", steps=1, tell=lambda row, one: told.append(row)) as processor:
+        out = model.generate(torch.tensor([bad]), max_new_tokens=1, do_sample=False, logits_processor=LogitsProcessorList([processor]))
     assert told == [0] and out[0, -1] == SAID
     with pytest.raises(ValueError, match="no threshold"):
         MonitorProcessor(Monitor(watched.subject, watched.learnt, watched.middle, watched.scale))
