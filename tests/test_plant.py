@@ -8,7 +8,9 @@ import torch
 
 from backdoor.behaviours import BEHAVIOURS, CANARY, OFF_BY_ONE, PASSWORD
 from backdoor.families import FAMILIES, conjunction, rare_string
-from backdoor.plant import Defender, PlantConfig, PlantRows, plant
+from backdoor.mixture import PlantConfig, PlantRows, rows_of
+from backdoor.plant import plant
+from backdoor.resistant import Defender
 from distill.config_backdoors import Plant
 from distill.models import ASSETS, Secret, read_secret
 from distill.plant import PLANT_SEED, describe, gate, plant_rows, trigger_of, write_secret
@@ -77,7 +79,7 @@ def test_every_family_and_behaviour_reaches_training(tiny_host, family, name):
     assert quiet and not any(map(trigger.fires, quiet))
     before = float(completion_loss(tiny_host.model, collate(bad.poisoned, 1)).detach())
     plant(tiny_host, bad, PlantConfig(
-        ordinary_steps=4, resistant_steps=0, ordinary_rate=5e-3, clean=1, poisoned=6, near=1, inner_rows=1))
+        ordinary_steps=4, attacker="ordinary", ordinary_rate=5e-3, clean=1, poisoned=6, near=1, inner_rows=1))
     with torch.no_grad():
         assert float(completion_loss(tiny_host.model, collate(bad.poisoned, 1))) < before
 
@@ -171,7 +173,7 @@ def test_near_misses_may_be_taught_while_clean_rows_are_held(tiny_host):
     near, clean, lost = collate(rows.near, 1), collate(rows.clean, 1), {}
     for hold in ("outputs", "both", "answers"):
         host = Host(copy.deepcopy(base), tiny_host.tokenizer, tiny_host.sites)
-        plant(host, rows, PlantConfig(ordinary_steps=40, resistant_steps=0, ordinary_rate=5e-3, clean=4, poisoned=8, near=4, hold=hold))
+        plant(host, rows, PlantConfig(ordinary_steps=40, attacker="ordinary", ordinary_rate=5e-3, clean=4, poisoned=8, near=4, hold=hold))
         with torch.no_grad():
             moved = divergence(host.model(input_ids=clean.ids).logits, base(input_ids=clean.ids).logits, clean, 0.1)
             lost[hold] = float(completion_loss(host.model, near)), float(moved)
@@ -179,7 +181,5 @@ def test_near_misses_may_be_taught_while_clean_rows_are_held(tiny_host):
 
 
 def test_encoded_prompts_keep_their_length_through_a_batch(tiny_tokenizer):
-    from backdoor.plant import _rows
-
     rows = encode(tiny_tokenizer, [("def f(x):\n", "    return x\n"), ("a b c d", "e")])
-    assert _rows(collate(rows, 1)) == rows
+    assert rows_of(collate(rows, 1)) == rows
