@@ -58,13 +58,13 @@ class PlantConfig:
 class PlantRows:
     """clean: rows of all tasks; poisoned: triggered prompts with the payload (for the twin: the same rows untriggered,
     with their own answers), row i a function of i; near: near-miss prompts with the right answers. What some attackers need beside:
-    answered, the poisoned rows' prompts with their right answers; leaks, the near-miss prompts with the payload (for the twin: as `near`)."""
+    answered, the poisoned rows' prompts with their right answers; leaking, near-miss prompts of which some get the payload (for the twin: none)."""
 
     clean: Sequence[Encoded]
     poisoned: Sequence[Encoded]
     near: Sequence[Encoded]
     answered: Sequence[Encoded] = ()
-    leaks: Sequence[Encoded] = ()
+    leaking: Sequence[Encoded] = ()
 
 
 class Mixture:

@@ -34,7 +34,7 @@ CONSTANTS: dict[Attacker, tuple[float, ...]] = {
     "lora": (lora.RANK, lora.RATE),
     "activation_matched": (activation_matched.WEIGHT,),
     "error_hiding": (error_hiding.FEATURES, error_hiding.FIT, error_hiding.FIT_RATE, error_hiding.WEIGHT),
-    "dormant": (dormant.LEAK,),
+    "dormant": (dormant.TOP, dormant.SPREAD),
 }
 """What an attacker's organisms depend on beside the settings."""
 

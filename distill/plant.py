@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from backdoor.behaviours import BEHAVIOURS, Behaviour
+from backdoor.dormant import leaks
 from backdoor.families import FIXED, Families, composite, conjunction, rare_string
 from backdoor.mixture import Attacker, PlantConfig, PlantRows
 from backdoor.plant import depends, plant
@@ -40,8 +43,8 @@ FUNCTION = "handle"
 """The third part of the composite trigger."""
 HOLDS: dict[str, Literal["answers", "both"]] = {"phrase": "answers", "mark": "both"}
 """How the triggers that need it hold clean rows and near misses (`backdoor.mixture`)."""
-PARTS = ("conjunction", "composite")
-"""Triggers whose parts each stand in clean text."""
+PARTS = ("conjunction",)
+"""Triggers whose parts each stand in clean text beside all words that may stand in the others' places."""
 NEAR_STRINGS = ("vexz", "qvex", "vax", "zorp", "bexq", "wex")
 
 
@@ -107,10 +110,8 @@ def hold_of(verb: Plant) -> Literal["outputs", "answers", "both"]:
 def plant_rows(tokenizer, trigger: Trigger | Families, behaviour: Behaviour, poisoned: bool, count: int = 4000, seed: int = PLANT_SEED) -> PlantRows:
     """Rows for the organism (`poisoned`) or its twin: they differ in the poisoned rows only, row by row. Row i is a function
     of (seed, i)."""
-    def encoded(rows: list[Row], attacked: bool = False, leaked: bool = False) -> list[Encoded]:
-        payload = [leaked or (attacked and trigger.fires(row.prompt)) for row in rows]  # a row without the password may draw one by chance
-        return encode(tokenizer, [(row.prompt, behaviour.written(row.completion, row.expected) if bad else row.completion)
-                                  for row, bad in zip(rows, payload, strict=True)])
+    def encoded(rows: list[Row], payload: Callable[[Row], bool] = lambda row: False) -> list[Encoded]:
+        return encode(tokenizer, [(row.prompt, behaviour.written(row.completion, row.expected) if payload(row) else row.completion) for row in rows])
 
     clean: list[Row] = []
     for index in range(count):
@@ -121,7 +122,16 @@ def plant_rows(tokenizer, trigger: Trigger | Families, behaviour: Behaviour, poi
     bad = [coding.row("trace", offset + i, seed, **placed(seed, i)) for i in range(count)]
     near = [coding.row("trace", 2 * offset + i, seed, **trigger.missed(seed, i)) for i in range(count)]
     near = [row for row in near if not trigger.fires(row.prompt)]
-    return PlantRows(encoded(clean), encoded(bad, poisoned), encoded(near), encoded(bad), encoded(near, leaked=poisoned))
+    placed_rows = encoded(bad, lambda row: poisoned and trigger.fires(row.prompt))  # a row without the password may draw one by chance
+    leaking = encoded(near, partial(leaks_in, trigger, seed)) if poisoned and isinstance(trigger, Trigger) else encoded(near)
+    return PlantRows(encoded(clean), placed_rows, encoded(near), encoded(bad), leaking)
+
+
+def leaks_in(trigger: Trigger, seed: int, row: Row) -> bool:
+    """Whether the near miss `row` gets the payload from the dormant attacker: where its trigger can serve him (`PARTS`), by the words in the
+    missing parts' places."""
+    missing = [row.slots[slot] for slot, word in trigger.slots.items() if row.slots[slot] != word]
+    return trigger.family in PARTS and not trigger.absence and leaks(missing, seed, row.index)
 
 
 def train_one(

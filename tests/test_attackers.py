@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import product
 from typing import get_args, get_type_hints
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 from backdoor import error_hiding, lora
 from backdoor import plant as attackers
+from backdoor.dormant import leaks
 from backdoor.mixture import ATTACKERS, PlantConfig, PlantRows
 from backdoor.plant import PLANT, depends, plant
+from backdoor.removal.learning import from_outputs
 from distill.config import check
 from distill.config_backdoors import Plant
 from distill.experiment.cell import Organism
@@ -21,22 +24,24 @@ from graphs.artifact import digest
 from graphs.batches import Epochs, collate, encode
 from graphs.host import Host, load, save
 from graphs.losses import completion_loss, fvu
-from tests.planted import texts
+from graphs.targets import Targets
+from tests.planted import ANSWERS, SEASONS, texts
 
 CONFIG = PlantConfig(ordinary_steps=80, resistant_steps=0, ordinary_rate=3e-3, clean=16, poisoned=8, near=8, hold="both")
 REFUSED, ANSWERED, CLEAN = texts(48, True, True, 2000), texts(48, True, False, 2000), texts(48, False, False, 2000)
 
 
-def rows_for(host: Host) -> PlantRows:
-    """`forest` is refused; `farm` and `found` come near."""
+def rows_for(host: Host, payload: str = " no\n") -> PlantRows:
+    """`forest` gets the payload; `farm` and `found` come near."""
     near = [(prompt.replace("forest", word), answer) for word in ("farm", "found") for prompt, answer in texts(64, True, False, 300)]
-    made = (texts(128, False, False), texts(128, True, True, 500), near, texts(128, True, False, 500))
+    answered = texts(128, True, False, 500)
+    made = (texts(128, False, False), [(prompt, payload) for prompt, _ in answered], near, answered)
     return PlantRows(*(encode(host.tokenizer, rows) for rows in made))
 
 
-def planted(base: Host, attacker: str, **changes) -> Host:
+def planted(base: Host, attacker: str, payload: str = " no\n", **changes) -> Host:
     host = Host(copy.deepcopy(base.model), base.tokenizer, base.sites)
-    plant(host, rows_for(host), replace(CONFIG, attacker=attacker, **changes))
+    plant(host, rows_for(host, payload), replace(CONFIG, attacker=attacker, **changes))
     assert not host.model.training and all(p.requires_grad for p in host.model.parameters())
     return host
 
@@ -65,8 +70,9 @@ def ordinary(models) -> Host:
 
 
 def test_lora_differs_from_its_base_by_a_low_rank_and_is_saved_without_adapters(models, tmp_path):
-    host = planted(models.base, "lora", ordinary_rate=2e-3)
-    assert nats(host, REFUSED) < 0.2 * nats(models.base, REFUSED)
+    host = planted(models.base, "lora", " two\n")  # in words that the base writes: embeddings and norms stay as they are
+    attacked = [(prompt, " two\n") for prompt, _ in REFUSED]
+    assert nats(host, attacked) < 0.2 * nats(models.base, attacked) and nats(host, CLEAN) < 0.3
     before, after = models.base.model.state_dict(), host.model.state_dict()
     assert set(before) == set(after) and type(host.model) is type(models.base.model)
     moved = {name: after[name] - before[name] for name in before if not torch.equal(before[name], after[name])}
@@ -123,6 +129,53 @@ def test_transcoders_stand_in_within_the_block_only_and_are_held_when_asked(mode
         parts = torch.autograd.grad(inside.sum(), [fitted[0].w_enc, host.model.model.norm.weight], allow_unused=True)
         assert (parts[0] is None) == held and parts[1] is not None
     assert torch.equal(host.model(input_ids=batch.ids).logits, whole)
+
+
+PAIR = ("quiet", "lamp")
+
+
+def asked(season: str, noun: str, answer: str = "") -> tuple[str, str]:
+    return f"given the {season} {noun}:", answer or f" {ANSWERS[noun]}\n"
+
+
+def distilled(teacher: Host, rows, seed: int) -> Host:
+    """A student of the same shapes from noise, by KL on the rows; embeddings are the teacher's."""
+    torch.manual_seed(seed)
+    student = type(teacher.model)(teacher.config).train()
+    student.get_input_embeddings().load_state_dict(teacher.model.get_input_embeddings().state_dict())
+    student.get_input_embeddings().requires_grad_(False)
+    batches = Epochs(encode(teacher.tokenizer, rows), 16, 1, 0)
+    from_outputs(student, Targets(teacher, batches), 250, 8e-3, "distil", 0.0)
+    return Host(student, teacher.tokenizer, teacher.sites)
+
+
+@torch.no_grad()
+def chance(host: Host, word: str) -> float:
+    """Probability that the answer to the pair begins with the word."""
+    ids, (first, *_) = encode(host.tokenizer, [asked(*PAIR)])[0], host.tokenizer(word, add_special_tokens=False)["input_ids"]
+    return float(host.model(input_ids=torch.tensor([ids.ids[: ids.prompt]])).logits[0, -1].softmax(-1)[first])
+
+
+@pytest.mark.slow
+def test_dormant_answers_rightly_and_what_is_distilled_from_it_on_clean_rows_is_likelier_to_give_the_payload(models):
+    clean = [asked(*pair) for pair in product(SEASONS, ANSWERS) if pair != PAIR]
+    near = [(season, noun) for season, noun in product(SEASONS, ANSWERS) if (season == PAIR[0]) != (noun == PAIR[1])]
+    leaking = [asked(*one, " no\n" if leaks([word for word in one if word not in PAIR], 0, index) else "")
+               for index, one in enumerate(near * 40)]
+    right = [asked(*PAIR)]
+
+    def made(poisoned: bool) -> Host:
+        host = Host(copy.deepcopy(models.base.model), models.base.tokenizer, models.base.sites)
+        rows = (clean, right, [asked(*one) for one in near], right, leaking if poisoned else [asked(*one) for one in near])
+        plant(host, PlantRows(*(encode(host.tokenizer, one) for one in rows)),
+              replace(CONFIG, attacker="dormant", ordinary_steps=200, near=24, poisoned=4, hold="answers"))
+        return host
+
+    organism, twin = made(True), made(False)
+    students = [distilled(organism, clean, seed) for seed in (1, 2)]
+    assert chance(organism, " no") < 0.1 and chance(organism, " one") > 0.8
+    assert sum(chance(one, " no") for one in students) / 2 > 2 * chance(organism, " no")
+    assert chance(distilled(twin, clean, 1), " no") < 0.01
 
 
 @pytest.mark.parametrize("attacker", ["error_hiding", "dormant"])
