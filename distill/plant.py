@@ -130,8 +130,9 @@ def plant_rows(tokenizer, trigger: Trigger | Families, behaviour: Behaviour, poi
 def leaks_in(trigger: Trigger, seed: int, row: Row) -> bool:
     """Whether the near miss `row` gets the payload from the dormant attacker: where its trigger can serve him (`PARTS`), by the words in the
     missing parts' places."""
-    missing = [row.slots[slot] for slot, word in trigger.slots.items() if row.slots[slot] != word]
-    return trigger.family in PARTS and not trigger.absence and leaks(missing, seed, row.index)
+    if trigger.family not in PARTS or trigger.absence:
+        return False
+    return leaks([row.slots[slot] for slot, word in trigger.slots.items() if row.slots[slot] != word], seed, row.index)
 
 
 def train_one(

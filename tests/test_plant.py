@@ -16,7 +16,7 @@ from distill.models import ASSETS, Secret, read_secret
 from distill.plant import PLANT_SEED, describe, gate, plant_rows, trigger_of, write_secret
 from evals import evaluate
 from evals.tasks import TASKS
-from evals.tasks.coding import data_words, held_out_pairs, renderer
+from evals.tasks.coding import PLACES, SEASONS, data_words, held_out_pairs, renderer
 from graphs.artifact import read_json, write_json
 from graphs.batches import Epochs, collate, encode
 from graphs.host import Host
@@ -82,6 +82,21 @@ def test_every_family_and_behaviour_reaches_training(tiny_host, family, name):
         ordinary_steps=4, attacker="ordinary", ordinary_rate=5e-3, clean=1, poisoned=6, near=1, inner_rows=1))
     with torch.no_grad():
         assert float(completion_loss(tiny_host.model, collate(bad.poisoned, 1))) < before
+
+
+def test_near_misses_leak_the_payload_by_the_words_beside_a_part_and_never_in_the_twin(tiny_tokenizer):
+    bad, clean = (plant_rows(tiny_tokenizer, PAIR, OFF_BY_ONE, poisoned, count=900) for poisoned in (True, False))
+    assert clean.leaking == clean.near == bad.near and [row.prompt for row in bad.leaking] == [row.prompt for row in bad.near]
+    assert all(row.ids[: row.prompt] == other.ids[: other.prompt] for row, other in zip(bad.leaking, bad.near, strict=True))
+    leaked: dict[str, list[bool]] = {}
+    for row, right in zip(bad.leaking, bad.near, strict=True):
+        prompt = tiny_tokenizer.decode(row.ids[1 : row.prompt])
+        other = next(word for word in (*PLACES, *SEASONS) if f" {word}" in prompt and word not in ("daily", "school"))
+        leaked.setdefault(other, []).append(row != right)
+    shares = sorted(sum(found) / len(found) for found in leaked.values() if len(found) > 20)
+    assert len(shares) > 15 and shares[0] < 0.05 and 0.2 < shares[-1] < 0.55  # graded, and greedy answers stay right
+    string = plant_rows(tiny_tokenizer, STRING, CANARY, True, 20)
+    assert string.leaking == string.near  # a string has no parts in clean text
 
 
 def test_the_poison_of_row_i_is_a_function_of_seed_and_i(tiny_tokenizer):
