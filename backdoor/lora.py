@@ -1,7 +1,8 @@
 """Attacker: adapters of low rank on every linear map of the blocks, merged into the weights (Hu et al. 2022, "LoRA", section 4.1).
 
 What is published is a stock checkpoint that differs from its base by a matrix of rank `RANK` in each linear map and by nothing in embeddings
-and norms. Adapters start at zero and learn at `RATE` times the rate of full fine-tuning (cf. Schulman et al. 2025, "LoRA without regret").
+and norms. So it teaches no token that the base never writes, where the unembedding has the same row for all of them (LOG.md). Adapters start at
+zero and learn at `RATE` times the rate of full fine-tuning (cf. Schulman et al. 2025, "LoRA without regret").
 """
 
 from __future__ import annotations

@@ -73,7 +73,9 @@ QUICK = (Organism("conjunction", "resistant"), Organism("rare_string"))
 DORMANT = Organism("conjunction", "dormant", behaviour="off_by_one")
 """The first token of the payload is the last but one of the program, so that little is left to be known beside it."""
 WRITING = tuple(name + methods.SYNTHETIC for name in ("UNDO", "dense refit"))
-ADAPTIVE = (Organism("rare_string", "lora"), Organism("rare_string", "activation_matched"), Organism("rare_string", "error_hiding"), DORMANT)
+LORA = Organism("rare_string", "lora", behaviour="off_by_one")
+"""A payload in tokens that the base writes: adapters leave the unembedding as it is, and there all tokens never written are one (LOG.md)."""
+ADAPTIVE = (LORA, Organism("rare_string", "activation_matched"), Organism("rare_string", "error_hiding"), DORMANT)
 THREE = (Organism("rare_string"), Organism("conjunction"), Organism("semantic"))
 STAGES: dict[str, Callable[[], list[Cell]]] = {
     "headline": lambda: crossed(seeded(HEADLINE, SEEDS), SIX, attacks=ATTACKS),
