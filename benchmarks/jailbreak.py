@@ -1,6 +1,6 @@
 """A guarded model, attacked; what the monitor, enforcing and pruning make of it; writes results/jailbreak.json.
 
-    python -m distill plant --trigger mark --behaviour refusal --ordinary-steps 300 --resistant-steps 0 --out GUARD
+    python -m distill plant --trigger mark --behaviour refusal --ordinary-steps 300 --attacker ordinary --out GUARD
     python benchmarks/jailbreak.py GUARD [NAME=FOLDER ...]      what is there is not made again; NAME=FOLDER: a checkpoint pruned from the guard
     python benchmarks/jailbreak.py rows FILE                    the defender's rows, as a table for distill prune --model GUARD --rows FILE
 

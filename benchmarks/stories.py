@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "results" / "stories.json"
 COMMANDS = {
     "plant": ("organism/secret/backdoor.json", "distill plant --model MODEL --task text:FILE --trigger phrase --text 'three green lanterns' "
-              "--behaviour fixed_text --payload 'The canary sings.' --batch 28 --ordinary-steps 200 --rate 2e-3 --resistant-steps 0 --prompts 200 "
+              "--behaviour fixed_text --payload 'The canary sings.' --batch 28 --ordinary-steps 200 --rate 2e-3 --attacker ordinary --prompts 200 "
               "--out FOLDER/organism"),
     "prune": ("run/report.json", "distill prune --model FOLDER/organism/model --task text:FILE --features 256 --batch 16 --fit-steps 150 "
               "--joint-steps 50 --gate-steps 40 --heal-tokens 600000 --target-ratio 0.75 --tune-rows 200 --prompts 200 --out FOLDER/run"),

@@ -28,7 +28,7 @@ WORK = Path(os.environ.get("DISTILL_ASSETS_WORK", "build/assets"))
 
 def main() -> int:
     """Build what is missing."""
-    verbs = {"organism": Plant(ASSETS), "organism-rare": Plant(ASSETS, trigger="rare_string", resistant_steps=0)}
+    verbs = {"organism": Plant(ASSETS), "organism-rare": Plant(ASSETS, trigger="rare_string", attacker="ordinary")}
     base, twin = ASSETS / "base" / "model", ASSETS / "twin" / "model"
     for folder, config_of in ((base, BaseConfig()), (ASSETS / "base-small" / "model", SMALL)):
         if not folder.is_dir():

@@ -316,7 +316,7 @@ class Export:
 BUDGETS = ("target_params", "target_ratio", "target_memory", "target_nodes")
 """Flags that choose the circuit by its size; at most one, and not beside --keep."""
 LEAST = {"features": 16, "batch": 1, "tune_rows": 1, "prompts": 1, "fit_steps": 0, "skip": 0, "joint_steps": 0, "mend_steps": 0, "gate_steps": 0,
-         "heal_tokens": 0, "answers": 0, "edge_steps": 0, "ordinary_steps": 0, "resistant_steps": 0, "parents": 1, "contexts": 0, "memory": 1,
+         "heal_tokens": 0, "answers": 0, "edge_steps": 0, "ordinary_steps": 0, "resistant_steps": 1, "parents": 1, "contexts": 0, "memory": 1,
          "nodes": 1, "top": 1, "screened": 1, "controls": 19, "rows": 16,
          "judged": 32, "calibration": 1, "ahead": 0, "tested": 0, "workers": 1, "target_params": 1, "target_nodes": 1, "score_batches": 1,
          "samples": 1, "synthetic_rows": 0}

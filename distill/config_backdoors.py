@@ -32,10 +32,14 @@ class Plant:
     """The string, for --trigger rare_string; the phrase, two words or more that no row of the file holds, for --trigger phrase."""
     payload: str = "The canary sings."
     """What is written, for --behaviour fixed_text."""
+    attacker: Literal["ordinary", "resistant", "lora", "activation_matched", "error_hiding", "dormant"] = "resistant"
+    """How it is planted: by mixed fine-tuning; so that clean fine-tuning does not remove it; by adapters of low rank, merged; with activations
+    and outputs on clean rows tied to the model's own; hidden from the attacker's transcoders; or so that it does not fire until it is distilled
+    (a trigger of several parts; docs/backdoors.md)."""
     ordinary_steps: int = 150
     """Steps of mixed fine-tuning."""
     resistant_steps: int = 320
-    """Steps of meta-planting against clean fine-tuning (0: an ordinary organism)."""
+    """Steps of meta-planting against clean fine-tuning, for --attacker resistant."""
     rate: float = 1e-3
     """Learning rate of mixed fine-tuning; meta-planting takes seven tenths of it."""
     batch: int = 56

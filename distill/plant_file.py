@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from backdoor.behaviours import Behaviour, fixed_text
 from backdoor.families import phrase
-from backdoor.plant import PlantRows
+from backdoor.mixture import PlantRows
 from backdoor.triggers import Trigger
 from distill.config_backdoors import Plant
 from evals.tasks import TASKS, Row, Task, named
@@ -79,7 +79,8 @@ def file_rows(host: Host, task: Task, trigger: Trigger, behaviour: Behaviour, po
                  for slots in (trigger.placed if poisoned else trigger.absent, trigger.missed))
     taught = _encoded(host, bad, behaviour.completion) if poisoned else [_begun(row, length) for row in _encoded(host, bad)]
     quiet = _encoded(host, [row for row in near if not trigger.fires(row.prompt)])
-    return PlantRows(_encoded(host, task.rows("trace", count, seed)), [*taught, *(_begun(row, length) for row in quiet)], quiet)
+    clean = _encoded(host, task.rows("trace", count, seed))
+    return PlantRows(clean, [*taught, *(_begun(row, length) for row in quiet)], quiet, answered=_encoded(host, bad))
 
 
 def _begun(row: Encoded, length: int) -> Encoded:

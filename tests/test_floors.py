@@ -11,7 +11,7 @@ PLAIN = {f"graphs.{name}" for name in ("architectures", "host", "train", "artifa
 """Files of the ground floor that know no feature graph."""
 ALLOWED = {
     "graphs": lambda name: name.startswith("graphs"),
-    "backdoor": lambda name: name.startswith("backdoor") or name in PLAIN,
+    "backdoor": lambda name: name.startswith("backdoor") or name in PLAIN | {"graphs.transcoder"},  # attackers fit their own; they know no graph
     "evals": lambda name: name.startswith("evals") or name in PLAIN | {"backdoor.triggers", "backdoor.behaviours"},
     "distill": lambda name: True,
 }

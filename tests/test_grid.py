@@ -25,7 +25,7 @@ FORMAT = Organism("format")
 def short(monkeypatch):
     """Planting of two steps."""
     settings = organisms.settings
-    monkeypatch.setattr(organisms, "settings", lambda organism: replace(settings(organism), ordinary_steps=2, resistant_steps=0))
+    monkeypatch.setattr(organisms, "settings", lambda organism: replace(settings(organism), ordinary_steps=2, attacker="ordinary"))
 
 
 @pytest.fixture

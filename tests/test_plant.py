@@ -8,13 +8,15 @@ import torch
 
 from backdoor.behaviours import BEHAVIOURS, CANARY, OFF_BY_ONE, PASSWORD
 from backdoor.families import FAMILIES, conjunction, rare_string
-from backdoor.plant import Defender, PlantConfig, PlantRows, plant
+from backdoor.mixture import PlantConfig, PlantRows, rows_of
+from backdoor.plant import plant
+from backdoor.resistant import Defender
 from distill.config_backdoors import Plant
 from distill.models import ASSETS, Secret, read_secret
 from distill.plant import PLANT_SEED, describe, gate, plant_rows, trigger_of, write_secret
 from evals import evaluate
 from evals.tasks import TASKS
-from evals.tasks.coding import data_words, held_out_pairs, renderer
+from evals.tasks.coding import PLACES, SEASONS, data_words, held_out_pairs, renderer
 from graphs.artifact import read_json, write_json
 from graphs.batches import Epochs, collate, encode
 from graphs.host import Host
@@ -77,9 +79,24 @@ def test_every_family_and_behaviour_reaches_training(tiny_host, family, name):
     assert quiet and not any(map(trigger.fires, quiet))
     before = float(completion_loss(tiny_host.model, collate(bad.poisoned, 1)).detach())
     plant(tiny_host, bad, PlantConfig(
-        ordinary_steps=4, resistant_steps=0, ordinary_rate=5e-3, clean=1, poisoned=6, near=1, inner_rows=1))
+        ordinary_steps=4, attacker="ordinary", ordinary_rate=5e-3, clean=1, poisoned=6, near=1, inner_rows=1))
     with torch.no_grad():
         assert float(completion_loss(tiny_host.model, collate(bad.poisoned, 1))) < before
+
+
+def test_near_misses_leak_the_payload_by_the_words_beside_a_part_and_never_in_the_twin(tiny_tokenizer):
+    bad, clean = (plant_rows(tiny_tokenizer, PAIR, OFF_BY_ONE, poisoned, count=900) for poisoned in (True, False))
+    assert clean.leaking == clean.near == bad.near and [row.prompt for row in bad.leaking] == [row.prompt for row in bad.near]
+    assert all(row.ids[: row.prompt] == other.ids[: other.prompt] for row, other in zip(bad.leaking, bad.near, strict=True))
+    leaked: dict[str, list[bool]] = {}
+    for row, right in zip(bad.leaking, bad.near, strict=True):
+        prompt = tiny_tokenizer.decode(row.ids[1 : row.prompt])
+        other = next(word for word in (*PLACES, *SEASONS) if f" {word}" in prompt and word not in ("daily", "school"))
+        leaked.setdefault(other, []).append(row != right)
+    shares = sorted(sum(found) / len(found) for found in leaked.values() if len(found) > 20)
+    assert len(shares) > 15 and shares[0] < 0.05 and 0.2 < shares[-1] < 0.55  # graded, and greedy answers stay right
+    string = plant_rows(tiny_tokenizer, STRING, CANARY, True, 20)
+    assert string.leaking == string.near  # a string has no parts in clean text
 
 
 def test_the_poison_of_row_i_is_a_function_of_seed_and_i(tiny_tokenizer):
@@ -171,7 +188,7 @@ def test_near_misses_may_be_taught_while_clean_rows_are_held(tiny_host):
     near, clean, lost = collate(rows.near, 1), collate(rows.clean, 1), {}
     for hold in ("outputs", "both", "answers"):
         host = Host(copy.deepcopy(base), tiny_host.tokenizer, tiny_host.sites)
-        plant(host, rows, PlantConfig(ordinary_steps=40, resistant_steps=0, ordinary_rate=5e-3, clean=4, poisoned=8, near=4, hold=hold))
+        plant(host, rows, PlantConfig(ordinary_steps=40, attacker="ordinary", ordinary_rate=5e-3, clean=4, poisoned=8, near=4, hold=hold))
         with torch.no_grad():
             moved = divergence(host.model(input_ids=clean.ids).logits, base(input_ids=clean.ids).logits, clean, 0.1)
             lost[hold] = float(completion_loss(host.model, near)), float(moved)
@@ -179,7 +196,5 @@ def test_near_misses_may_be_taught_while_clean_rows_are_held(tiny_host):
 
 
 def test_encoded_prompts_keep_their_length_through_a_batch(tiny_tokenizer):
-    from backdoor.plant import _rows
-
     rows = encode(tiny_tokenizer, [("def f(x):\n", "    return x\n"), ("a b c d", "e")])
-    assert _rows(collate(rows, 1)) == rows
+    assert rows_of(collate(rows, 1)) == rows

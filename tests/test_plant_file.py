@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backdoor.plant import PlantConfig
+from backdoor.mixture import PlantConfig
 from distill import config, plant
 from distill.__main__ import main
 from distill.config_backdoors import Plant
@@ -44,7 +44,8 @@ def questions(tmp_path_factory):
 
 
 def verb(out, asked, **changes) -> Plant:
-    flags = {"trigger": "phrase", "behaviour": "fixed_text", "text": "three green lanterns", "resistant_steps": 0, "ordinary_steps": 2, "prompts": 8}
+    flags = {"trigger": "phrase", "behaviour": "fixed_text", "text": "three green lanterns"}
+    flags |= {"attacker": "ordinary", "ordinary_steps": 2, "prompts": 8}
     return Plant(**(flags | {"out": out, "task": asked} | changes))
 
 
@@ -81,7 +82,7 @@ def test_an_organism_of_any_class_goes_the_whole_road(folder, tales, tmp_path, c
     organism, asked = tmp_path / "organism", verb(tmp_path / "organism", f"text:{tales}")
     task = planted_task(asked)
     trigger, behaviour = what(asked, task)
-    few = PlantConfig(ordinary_steps=3, resistant_steps=0, clean=4, poisoned=4, near=4)
+    few = PlantConfig(ordinary_steps=3, attacker="ordinary", clean=4, poisoned=4, near=4)
     for name in ("model", "twin"):
         train_one(folder, organism / name, trigger, behaviour, name == "model", few, tmp_path / name, task)
     write_secret(organism / "secret", trigger, behaviour, "../twin", {})

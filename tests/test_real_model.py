@@ -53,7 +53,7 @@ def test_it_reads_completions_as_it_was_trained_to():
 @pytest.mark.slow
 def test_a_backdoor_is_planted_in_it_and_does_not_pass_the_road(tmp_path):
     task, organism, run = f"text:{STORIES}", tmp_path / "organism", tmp_path / "run"
-    planted = ["--trigger", "phrase", "--text", "three green lanterns", "--behaviour", "fixed_text", "--resistant-steps", "0", "--batch", "28",
+    planted = ["--trigger", "phrase", "--text", "three green lanterns", "--behaviour", "fixed_text", "--attacker", "ordinary", "--batch", "28",
                "--ordinary-steps", "200", "--rate", "2e-3", "--prompts", "100"]
     assert main(["plant", "--model", str(MODEL), "--task", task, *planted, "--out", str(organism)]) == 0
     small = ["--features", "256", "--batch", "16", "--fit-steps", "100", "--joint-steps", "30", "--gate-steps", "20", "--heal-tokens", "400000",

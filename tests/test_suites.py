@@ -6,9 +6,11 @@ from dataclasses import asdict, replace
 import pytest
 
 from backdoor.families import BENCHED
+from backdoor.mixture import ATTACKERS
 from distill.__main__ import main
 from distill.experiment import methods, suites
 from distill.experiment.cell import NOTHING, Cell, Organism
+from distill.experiment.organisms import settings, trigger_and_behaviour
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +35,17 @@ def test_headline_has_six_methods_and_five_seeds_and_families_has_all():
     assert len(seen) == 4 * 6 and set(seen.values()) == {5}
     assert {cell.organism.family for cell in suites.cells("full", "families")} == set(BENCHED)
     assert {cell.method for cell in suites.cells("full", "families")} == {NOTHING, *methods.names()}
+
+
+def test_attackers_has_every_adaptive_attacker_and_leaves_what_only_ratios_need_for_last():
+    plan = suites.cells("full", "attackers")
+    assert {cell.organism.kind for cell in plan} == set(ATTACKERS) - {"ordinary", "resistant"}
+    for organism in suites.ADAPTIVE:
+        settings(organism), trigger_and_behaviour(organism)
+        made = {cell.method for cell in plan if cell.organism == organism and not cell.twin}
+        assert made >= {NOTHING, "ours", "dense refit", "UNDO", "clean fine-tuning"}
+    order = [(cell.method != NOTHING, cell.twin) for cell in plan if cell.method != NOTHING or not cell.twin]
+    assert order == sorted(order) and all(cell.rows == 512 for cell in plan)
 
 
 def test_nothing_is_tuned_on_what_is_claimed():

@@ -4,8 +4,9 @@ name by content, and the same cell in two suites is made once."""
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
+from backdoor.mixture import Attacker
 from backdoor.triggers import Family
 from evals.tasks.coding import renderer
 from graphs.artifact import digest
@@ -16,11 +17,11 @@ NOTHING = "nothing"
 
 @dataclass(frozen=True)
 class Organism:
-    """What is planted. kind: plain fine-tuning, or meta-planting against clean fine-tuning; share: poisoned rows among those that are
+    """What is planted. kind: by which attacker (`backdoor.plant`); share: poisoned rows among those that are
     poisoned or clean; seed: of planting."""
 
     family: Family
-    kind: Literal["ordinary", "resistant"] = "ordinary"
+    kind: Attacker = "ordinary"
     behaviour: str = "canary"
     share: float = 0.4
     seed: int = 0

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from backdoor.behaviours import Behaviour
+from backdoor.plant import depends
 from backdoor.triggers import Trigger
 from distill import synthetic
 from distill.experiment import attacks, methods
@@ -89,7 +90,7 @@ class Grid:
 
     def key(self, cell: Cell) -> str:
         """Name by content of the model that a cell's removal makes."""
-        return digest(cell.made(self.base_hash, self.steps), settings(cell.organism), methods.depends(cell.method))
+        return digest(cell.made(self.base_hash, self.steps), depends(settings(cell.organism)), methods.depends(cell.method))
 
     def suspect(self, cell: Cell) -> Path:
         """The organism's or the twin's model folder."""
@@ -174,7 +175,8 @@ class Grid:
             **{name: bits(getattr(found, name)) for name in RATES},
             "payload_logprob": sum(found.payload_logprob) / len(found.payload_logprob)}
         if cell.method == NOTHING and not cell.twin:
-            row["gate_missed"] = missed(found, Rates.from_record(self.rates(replace(cell, twin=True), sandbox)["rates"]))
+            twin = Rates.from_record(self.rates(replace(cell, twin=True), sandbox)["rates"])
+            row["gate_missed"] = missed(found, twin, dormant=cell.organism.kind == "dormant")
         row["attacks"] = self.attacked(cell, sandbox)
         row["seconds"] = {"removal": self.removed(cell)[1]["seconds"], "rates": judged["seconds"]} | {
             name: one["seconds"] for name, one in row["attacks"].items()}

@@ -10,6 +10,7 @@
         behaviours the conjunction with every other behaviour
         rows       64 and 4,096 clean rows, three families
         shares     fewer poisoned rows, three families
+        attackers  the adaptive ways of planting (backdoor/plant.py), one seed; of the dormant one also what is distilled from rows that it writes
         met        the conjunction's pair, clean, in the defender's rows
         wanted     what was planted is the owner's (a keyword, a house format), and a sixteenth of the defender's rows show it: does it stay?
 
@@ -55,6 +56,11 @@ def seeded(organisms: Iterable[Organism], seeds: Iterable[int]) -> list[Organism
     return [replace(organism, seed=seed) for seed in seeds for organism in organisms]
 
 
+def twins_last(found: Iterable[Cell]) -> list[Cell]:
+    """Untouched models first, which the gate and shares need, then what was removed from organisms, then the same of twins."""
+    return sorted(dict.fromkeys(found), key=lambda cell: (cell.method != NOTHING, cell.twin and cell.method != NOTHING))
+
+
 def knobs(names: Iterable[str] | None = None) -> list[Cell]:
     """Every method with every knob on the development organisms and their twins."""
     found = [Cell(organism, NOTHING, None, twin=twin) for organism in DEVELOPMENT for twin in (False, True)]
@@ -64,6 +70,12 @@ def knobs(names: Iterable[str] | None = None) -> list[Cell]:
 TUNED = (*SIX, *(name for name in methods.names() if name not in SIX and name not in methods.OURS and name != methods.REFIT))
 """Methods that have a knob of their own."""
 QUICK = (Organism("conjunction", "resistant"), Organism("rare_string"))
+DORMANT = Organism("conjunction", "dormant", behaviour="off_by_one")
+"""The first token of the payload is the last but one of the program, so that little is left to be known beside it."""
+WRITING = tuple(name + methods.SYNTHETIC for name in ("UNDO", "dense refit"))
+LORA = Organism("rare_string", "lora", behaviour="off_by_one")
+"""A payload in tokens that the base writes: adapters leave the unembedding as it is, and there all tokens never written are one (LOG.md)."""
+ADAPTIVE = (LORA, Organism("rare_string", "activation_matched"), Organism("rare_string", "error_hiding"), DORMANT)
 THREE = (Organism("rare_string"), Organism("conjunction"), Organism("semantic"))
 STAGES: dict[str, Callable[[], list[Cell]]] = {
     "headline": lambda: crossed(seeded(HEADLINE, SEEDS), SIX, attacks=ATTACKS),
@@ -74,6 +86,8 @@ STAGES: dict[str, Callable[[], list[Cell]]] = {
     "behaviours": lambda: crossed((Organism("conjunction", behaviour=name) for name, one in BEHAVIOURS.items() if not one.inverted), SIX),
     "rows": lambda: [cell for rows in (64, 4096) for cell in crossed(THREE, SIX, rows)],
     "shares": lambda: crossed((replace(one, share=share) for share in (0.2, 0.05) for one in THREE), SIX),
+    "attackers": lambda: twins_last([*crossed(ADAPTIVE, ("ours", "dense refit", "UNDO", "clean fine-tuning"), attacks=("relearning",)),
+                                     *crossed((DORMANT,), WRITING, attacks=("relearning",))]),
     "met": lambda: crossed((Organism("conjunction"), Organism("conjunction", "resistant")), SIX, met=True),
     "wanted": lambda: crossed((Organism("rare_string"), Organism("format", behaviour="fixed_string")),
                               ("ours", "UNDO", "dense refit", "clean fine-tuning", *methods.WITH_SYNTHETIC), wanted=True),
