@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from graphs.activations import Recording, record
 from graphs.attention import GroupGate
 from graphs.batches import Batch
+from graphs.fused import fused
 from graphs.host import Host
-from graphs.losses import SURE, divergence, fvu
+from graphs.losses import SURE, divergence, fvu, variance
 from graphs.neurons import Neurons
 from graphs.replace import Replacement, from_noise
 from graphs.shares import gathered, same, share, weighed
@@ -92,8 +93,16 @@ def _start_at_means(host: Host, replacement: Replacement, batches: Batches) -> d
         spread[site.name] = float((y - y.mean(0)).square().sum(-1).mean().sqrt())
         part = replacement.part(site)
         if isinstance(part, Transcoder) and not isinstance(part, Neurons):
-            part.b_dec.copy_(y.mean(0))
-            part.w_dec.mul_(spread[site.name] / part.w_dec.norm(dim=1).mean() / part.features**0.5)
+            start_at_mean(part, y)
+    return spread
+
+
+@torch.no_grad()
+def start_at_mean(part: Transcoder, y: Float[Tensor, "token d_out"]) -> float:
+    """Put the output bias at the mean output, and scale the decoder to the outputs' root mean variance, which is returned."""
+    spread = float((y - y.mean(0)).square().sum(-1).mean().sqrt())
+    part.b_dec.copy_(y.mean(0))
+    part.w_dec.mul_(spread / part.w_dec.norm(dim=1).mean() / part.features**0.5)
     return spread
 
 
@@ -103,6 +112,15 @@ def run_part(replacement: Replacement, site, found: Recording) -> Float[Tensor, 
     return part(x) if site.kind == "mlp" else part(x, position_embeddings=found.rotary, attention_mask=None)[0]
 
 
+def transcoder_loss(
+    part: Transcoder, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"], config: FitConfig, spread: float
+) -> Float[Tensor, ""]:
+    """FVU of one transcoder, and its sparsity penalty. spread: the outputs' root mean variance."""
+    size, target = part.w_dec.norm(dim=1) / spread * config.features**0.5 / 4, y if part.skip_in is None else y - part.through(x)
+    weight = config.sparsity * weighed(torch.tensor(1 / len(x)), len(x))
+    return fused(x, target, part.w_enc, part.b_enc, part.w_dec, part.b_dec, size, variance(y), weight)
+
+
 def local_loss(host: Host, replacement: Replacement, batch: Batch, config: FitConfig, spread: dict[str, float]) -> Float[Tensor, ""]:
     """FVU of every site on the host's own inputs, and the sparsity penalty. To be called while the replacement is watched."""
     found, total = record(host, batch.ids), torch.zeros(())
@@ -110,11 +128,12 @@ def local_loss(host: Host, replacement: Replacement, batch: Batch, config: FitCo
         part = replacement.part(site)
         if isinstance(part, Neurons):
             continue
-        total = total + fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
         if isinstance(part, Transcoder):
-            size = part.last[batch.real] * (part.w_dec.norm(dim=1) / spread[site.name] * config.features**0.5 / 4)  # type: ignore[index]
-            total = total + config.sparsity * weighed(torch.tanh(size).sum(-1).mean(), len(size))
-        elif config.attention == "refit":
+            x, y = found.inputs[replacement.origin(site)][batch.real], found.outputs[site.name][batch.real]
+            total = total + transcoder_loss(part, x, y, config, spread[site.name])
+            continue
+        total = total + fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
+        if config.attention == "refit":
             total = total + fvu(found.heads[site.name], replacement.group_gates[site.name].last, batch.real)  # type: ignore[arg-type]
     return total
 
