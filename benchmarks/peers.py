@@ -31,11 +31,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from distill.models import find
 from evals.statistics import ratio
 from graphs.activations import record
 from graphs.architectures import sites
 from graphs.artifact import write_json
-from graphs.host import Host
+from graphs.host import Host, load
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "peers.json"
@@ -111,10 +112,6 @@ def raced(sides: list[Side], turns: int, between: Callable[[], None] = lambda: N
         side.process.wait()
 
 
-def traces(peers: Path, found: dict) -> None:
-    """Not there yet."""
-
-
 # ------------------------------------------------------------------------------------------------------ fits
 
 
@@ -133,7 +130,7 @@ def stored(folder: Path, job: Job) -> None:
     """What every MLP reads and writes, in the file that all sides read."""
     length, model = 128, llama(job.width, job.layers, 128)
     host, mlps = Host(model, None, sites(model)), [site for site in sites(model) if site.kind == "mlp"]  # type: ignore[arg-type]
-    rows = (BATCHES * job.batch + job.held) // length
+    rows = (min(BATCHES, job.steps) * job.batch + job.held) // length
     odds = 1 / torch.arange(1, VOCABULARY + 1).float()
     ids = torch.multinomial(odds, rows * length, replacement=True, generator=torch.Generator().manual_seed(0)).view(rows, length)
     made: dict[str, list[torch.Tensor]] = {f"{kind}.{layer}": [] for kind in "xy" for layer in range(job.layers)}
@@ -151,7 +148,7 @@ def products(job: Job) -> dict[str, float]:
     for name, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
         x, a = torch.ones(job.batch, job.width, dtype=dtype), torch.ones(job.batch, job.features, dtype=dtype)
         w, start = torch.ones(job.features, job.width, dtype=dtype), time.process_time()
-        x @ w.T, a @ w, x @ w.T, a.T @ x, a.T @ x  # noqa: B018
+        x @ w.T, a @ w, x @ w.T, a.T @ x, a.T @ x
         found[name] = 10 * job.batch * job.width * job.features / (time.process_time() - start)
     return found
 
@@ -186,9 +183,9 @@ def race(job: Job, against: dict[str, tuple[Path, str, dict]]) -> dict:
     return {"job": asdict(job), "matrix_rate": done, "sides": rows}
 
 
-JOBS = [Job(1, 128, 1024, 2048, 120, 10), Job(1, 256, 2048, 2048, 40, 4), Job(1, 512, 4096, 2048, 24, 3), Job(1, 1024, 8192, 1024, 8, 1),
-        Job(4, 256, 2048, 2048, 12, 2)]
-"""Widths, then layers."""
+JOBS = [Job(1, 128, 1024, 2048, 120, 10), Job(1, 512, 4096, 2048, 15, 3), Job(4, 128, 1024, 2048, 20, 4), Job(1, 256, 2048, 2048, 24, 4),
+        Job(1, 1024, 8192, 1024, 5, 1)]
+"""Widths and layers; steps by what a shared machine of two cores has time for: the long race, in which FVU settles, is the first."""
 
 
 def contenders(peers: Path) -> dict[str, tuple[Path, str, dict]]:
@@ -208,6 +205,82 @@ def fits(peers: Path, found: dict) -> None:
             write_json(RESULTS, found)
 
 
+# ------------------------------------------------------------------------------------------------------ prompt graphs
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One race of prompt graphs. per_layer: features of each transcoder; features: feature nodes asked of circuit-tracer, 0 for all active ones;
+    batch: targets of one of its backward passes."""
+
+    layers: int
+    width: int
+    per_layer: int
+    tokens: int
+    features: int = 1000
+    batch: int = 64
+
+
+GRAPHS = [Graph(4, 256, 2048, 16), Graph(4, 256, 2048, 16, 0), Graph(4, 256, 2048, 64), Graph(2, 256, 2048, 32), Graph(8, 256, 2048, 32),
+          Graph(4, 512, 4096, 32)]
+TRACES = 4
+"""Turns, the first left out."""
+ACTIVE = -1.9
+"""Bias of random features whose drives have unit variance: 3 % of them are active."""
+
+
+def written(folder: Path, shape: Graph) -> dict:
+    """The model and its random transcoders, in circuit-tracer's file format; returns what both sides are told of the prompt."""
+    tokenizer = load(find("builtin:base")).tokenizer
+    llama(shape.width, shape.layers, shape.tokens).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "transcoders").mkdir()
+    (folder / "transcoders" / "config.yaml").write_text("model_kind: transcoder_set\nfeature_input_hook: mlp.hook_in\n"
+                                                        "feature_output_hook: mlp.hook_out\nscan: random\n")
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator) / shape.width**0.5
+
+    for layer in range(shape.layers):
+        weights = {"W_enc": drawn(shape.per_layer, shape.width), "b_enc": torch.full((shape.per_layer,), ACTIVE),
+                   "W_dec": drawn(shape.per_layer, shape.width), "b_dec": torch.zeros(shape.width)}
+        save_file(weights, folder / "transcoders" / f"layer_{layer}.safetensors")
+    ids = torch.randint(4, VOCABULARY, (shape.tokens - 1,), generator=generator).tolist()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token")}
+    return asdict(shape) | {"ids": [tokenizer.bos_token_id, *ids], "special": special}
+
+
+def trace_race(peers: Path, shape: Graph) -> dict:
+    """One shape. Ends the program where the two sides do not agree on the model or on the active features."""
+    with tempfile.TemporaryDirectory() as name:
+        task = json.dumps(written(Path(name), shape))
+        sides = [started("ours", Path(sys.executable), "peers_trace.py", "ours", name, task),
+                 started("circuit_tracer", peers / "bin" / "python", "peers_trace.py", "circuit_tracer", name, task)]
+        known = [side.turns[0] for side in sides]
+        apart = max(abs(a - b) for a, b in zip(known[0]["logits"], known[1]["logits"], strict=True))
+        if apart > 1e-3 or abs(known[0]["active"] - known[1]["active"]) > 1e-3 * known[0]["active"]:
+            sys.exit(f"{shape}: the sides disagree (logits by {apart:.1e}, active features {known[0]['active']} and {known[1]['active']}); "
+                     "read `written` in benchmarks/peers.py against both libraries")
+        raced(sides, TRACES)
+    theirs = {key: [turn[key] for turn in sides[1].turns[2:]] for key in ("processor", "attribute")}
+    mine = {key: [turn[key] for turn in sides[0].turns[2:]] for key in ("processor", "matched") if key in sides[0].turns[-1]}
+    return {"graph": asdict(shape), "active": known[0]["active"], "logits_apart": apart,
+            "seconds": {"ours": statistics.median(mine["processor"]), "circuit_tracer": statistics.median(theirs["processor"]),
+                        "matched": statistics.median(mine["matched"]) if "matched" in mine else None},
+            "ratio": ratio(theirs["processor"], mine["processor"]).to_json(),
+            "ratio_matched": ratio(theirs["processor"], mine["matched"]).to_json() if "matched" in mine else None,
+            "made": {side.name: {key: one for key, one in side.turns[-1].items() if not isinstance(one, float)} for side in sides}}
+
+
+def traces(peers: Path, found: dict) -> None:
+    """Every shape; those that are in the results already are kept."""
+    for shape in GRAPHS:
+        if not any(one["graph"] == asdict(shape) for one in found.setdefault("traces", [])):
+            found["traces"].append(trace_race(peers, shape))
+            write_json(RESULTS, found)
+
+
 def main() -> None:
     """Measure one half and write it beside the other."""
     reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -217,7 +290,7 @@ def main() -> None:
     needed = {"fit": "sparsify", "trace": "circuit_tracer"}[asked.what]
     python = asked.peers / "bin" / "python"
     if not python.is_file() or subprocess.run([str(python), "-c", f"import {needed}"], capture_output=True).returncode:
-        sys.exit(f"--peers {asked.peers}: no environment that imports {needed}; make it with the first command of `python benchmarks/peers.py --help`")
+        sys.exit(f"--peers {asked.peers}: no environment that imports {needed}; make it with the first command of benchmarks/peers.py --help")
     torch.set_num_threads(1)
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     found |= {"torch": torch.__version__, "versions": found.get("versions", {}) | versions(python)}
