@@ -1,8 +1,8 @@
 """Our fit and our prompt graphs against the libraries that others would use, in ratios of one run.
 
-    python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 eai-sparsify==1.3.3 circuit-tracer==0.5.0 transformers==4.57.3
-    python benchmarks/peers.py fit --peers PEERS      sae_lens' SAETrainer (this environment's), sparsify's Trainer (PEERS)
-    python benchmarks/peers.py trace --peers PEERS    circuit-tracer's attribute (PEERS)
+    python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 eai-sparsify==1.3.3 circuit-tracer==0.5.0
+    python benchmarks/peers.py fit PEERS      sae_lens' SAETrainer (this environment's), sparsify's Trainer (PEERS)
+    python benchmarks/peers.py trace PEERS    circuit-tracer's attribute (PEERS)
 
 Either writes its half of results/peers.json. Each side is a process of its own, with one thread, that runs its library's public trainer (or
 attribution) on the same stored inputs (`peers_fit.py`, `peers_trace.py`). They take turns, a few steps each, in an order that reverses every
@@ -180,6 +180,8 @@ def race(job: Job, against: dict[str, tuple[Path, str, dict]]) -> dict:
             "ours_over_it_same_precision": mine and mine.to_json(),
             "share": 10 * job.width * job.features * job.layers * speed / done[precision], "fvu": [turn["fvu"] for turn in side.turns],
             "l0": [turn["l0"] for turn in side.turns], "seconds": [turn.get("processor", 0.0) for turn in side.turns]}
+    for row in rows.values():
+        row["equal_fvu"], row["ours_over_it_to_equal_fvu"] = to_equal(rows["ours bf16"], row)
     return {"job": asdict(job), "matrix_rate": done, "sides": rows}
 
 
@@ -203,6 +205,22 @@ def fits(peers: Path, found: dict) -> None:
         if not any(one["job"] == asdict(job) for one in found.setdefault("fits", [])):
             found["fits"].append(race(job, contenders(peers)))
             write_json(RESULTS, found)
+
+
+def reached(curve: dict, level: float) -> float:
+    """Processor seconds to the FVU `level`, between two chunks by a straight line."""
+    spent = 0.0
+    for before, after, seconds in zip(curve["fvu"], curve["fvu"][1:], curve["seconds"][1:], strict=True):
+        if after <= level:
+            return spent + seconds * (before - level) / (before - after)
+        spent += seconds
+    raise ValueError(f"FVU {level} was not reached; ask for one that was")
+
+
+def to_equal(mine: dict, other: dict) -> tuple[float, float]:
+    """The best FVU that both reached, and how many times our seconds to it the other took."""
+    level = max(min(mine["fvu"]), min(other["fvu"]))
+    return level, reached(other, level) / reached(mine, level)
 
 
 # ------------------------------------------------------------------------------------------------------ prompt graphs
@@ -285,12 +303,12 @@ def main() -> None:
     """Measure one half and write it beside the other."""
     reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     reader.add_argument("what", choices=["fit", "trace"])
-    reader.add_argument("--peers", type=Path, required=True, help="virtual environment that holds the peers")
+    reader.add_argument("peers", type=Path, help="virtual environment that holds the peers")
     asked = reader.parse_args()
     needed = {"fit": "sparsify", "trace": "circuit_tracer"}[asked.what]
     python = asked.peers / "bin" / "python"
     if not python.is_file() or subprocess.run([str(python), "-c", f"import {needed}"], capture_output=True).returncode:
-        sys.exit(f"--peers {asked.peers}: no environment that imports {needed}; make it with the first command of benchmarks/peers.py --help")
+        sys.exit(f"{asked.peers}: no environment that imports {needed}; make it with the first command of benchmarks/peers.py --help")
     torch.set_num_threads(1)
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     found |= {"torch": torch.__version__, "versions": found.get("versions", {}) | versions(python)}
