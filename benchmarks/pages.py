@@ -118,26 +118,21 @@ def times(score: dict | None) -> str:
 
 def peers_fit_table() -> str:
     """Our fit against the peers' trainers."""
-    cells = []
-    for race in json.loads((ROOT / "results" / "peers.json").read_text())["fits"]:
-        for name, row in race["sides"].items():
-            title, ours = name.replace(" no", ", float32").replace(" bf16", ", bf16"), "ours" in name
-            cells.append(["{layers} x {width:,}, {features:,}".format(**race["job"]), title, f"{row['tokens_per_second']:,.0f}",
-                          "-" if "sparsify" in name else f"{row['share']:.0%}", "-" if name == "ours bf16" else times(row["ours_over_it"]),
-                          "-" if ours else times(row["ours_over_it_same_precision"]), f"{row['fvu'][-1]:.3f}", f"{row['l0'][-1]:,.0f}",
-                          "-" if ours else f"{row['ours_over_it_to_equal_fvu']:.2f}x"])
+    cells = [["{layers} x {width:,}, {features:,}".format(**race["job"]), name.replace(" no", ", float32").replace(" bf16", ", bf16"),
+              f"{row['tokens_per_second']:,.0f}", "-" if "sparsify" in name else f"{row['share']:.0%}",
+              "-" if name == "ours bf16" else times(row["ours_over_it"]), "-" if "ours" in name else times(row["ours_over_it_same_precision"]),
+              f"{row['fvu'][-1]:.3f}", f"{row['l0'][-1]:,.0f}", "-" if "ours" in name else f"{row['ours_over_it_to_equal_fvu']:.2f}x"]
+             for race in json.loads((ROOT / "results" / "peers.json").read_text())["fits"] for name, row in race["sides"].items()]
     return tables.table(["layers x width, features", "trainer", "tokens a second", "of the matrix rate", "ours, bf16, over it",
                          "ours in its precision over it", "FVU at the end", "active", "its time to equal FVU over ours"], cells)
 
 
 def peers_trace_table() -> str:
     """Our prompt graphs against circuit-tracer's."""
-    cells = []
-    for race in json.loads((ROOT / "results" / "peers.json").read_text())["traces"]:
-        made, took = race["made"], race["seconds"]
-        cells.append(["{layers} x {width:,}, {per_layer:,}".format(**race["graph"]), str(race["graph"]["tokens"]), f"{race['active']:,}",
-                      f"{made['circuit_tracer']['features']:,}", f"{took['circuit_tracer']:.2f}", f"{took['ours']:.2f}", times(race["ratio"]),
-                      f"{made['ours']['features']:,} of {made['ours']['nodes']:,}", times(race["ratio_matched"])])
+    cells = [["{layers} x {width:,}, {per_layer:,}".format(**race["graph"]), str(race["graph"]["tokens"]), f"{race['active']:,}",
+              f"{race['made']['circuit_tracer']['features']:,}", f"{race['seconds']['circuit_tracer']:.2f}", f"{race['seconds']['ours']:.2f}",
+              times(race["ratio"]), "{features:,} of {nodes:,}".format(**race["made"]["ours"]), times(race["ratio_matched"])]
+             for race in json.loads((ROOT / "results" / "peers.json").read_text())["traces"]]
     return tables.table(["layers x width, features", "tokens", "active", "its features", "its seconds", "our seconds", "its time over ours",
                          "features among our nodes", "with as many features"], cells)
 
