@@ -210,7 +210,7 @@ def fits(peers: Path, found: dict) -> None:
 def reached(curve: dict, level: float) -> float:
     """Processor seconds to the FVU `level`, between two chunks by a straight line."""
     spent = 0.0
-    for before, after, seconds in zip(curve["fvu"], curve["fvu"][1:], curve["seconds"][1:], strict=True):
+    for before, after, seconds in zip(curve["fvu"][:-1], curve["fvu"][1:], curve["seconds"][1:], strict=True):
         if after <= level:
             return spent + seconds * (before - level) / (before - after)
         spent += seconds

@@ -117,7 +117,7 @@ def transcoder_loss(
 ) -> Float[Tensor, ""]:
     """FVU of one transcoder, and its sparsity penalty. spread: the outputs' root mean variance."""
     size, target = part.w_dec.norm(dim=1) / spread * config.features**0.5 / 4, y if part.skip_in is None else y - part.through(x)
-    weight = config.sparsity * weighed(torch.tensor(1 / len(x)), len(x))
+    weight = config.sparsity * weighed(x.new_tensor(1 / len(x)), len(x))
     return fused(x, target, part.w_enc, part.b_enc, part.w_dec, part.b_dec, size, variance(y), weight)
 
 
