@@ -101,13 +101,38 @@ def speed_table() -> str:
         for kind in ("decode", "prefill") if where.startswith(("wide", "organism")) else ():
             for name, row in list(measured.get(kind, {}).items())[1:]:
                 stored = found["stored" if where.startswith("wide") else "stored organism"]
-                ratio = "{value:.2f}x [{low:.2f}, {high:.2f}]".format(**row["ratio"])
-                cells.append([where, name, f"{stored[name] / stored['whole']:.0%}", kind, ratio])
+                cells.append([where, name, f"{stored[name] / stored['whole']:.0%}", kind, times(row["ratio"])])
     shape = found["shape"]
     facts = (f"wide: a Llama of random weights, width {shape['hidden_size']:,}, {shape['num_hidden_layers']} layers, "
              f"{found['stored']['whole']:,} parameters. float32, {found['threads']} threads, torch {found['torch']}; each timed in turns with the "
              "whole model, 95 % intervals.")
     return tables.table(["model", "made smaller as", "parameters", "what", "tokens a second, against the whole"], cells) + "\n\n" + facts
+
+
+def times(score: dict | None) -> str:
+    """A ratio with its interval."""
+    return "-" if score is None else "{value:.2f}x [{low:.2f}, {high:.2f}]".format(**score)
+
+
+def peers_fit_table() -> str:
+    """Our fit against the peers' trainers."""
+    cells = [["{layers} x {width:,}, {features:,}".format(**race["job"]), name.replace(" no", ", float32").replace(" bf16", ", bf16"),
+              f"{row['tokens_per_second']:,.0f}", "-" if "sparsify" in name else f"{row['share']:.0%}",
+              "-" if name == "ours bf16" else times(row["ours_over_it"]), "-" if "ours" in name else times(row["ours_over_it_same_precision"]),
+              f"{row['fvu'][-1]:.3f}", f"{row['l0'][-1]:,.0f}", "-" if "ours" in name else f"{row['ours_over_it_to_equal_fvu']:.2f}x"]
+             for race in json.loads((ROOT / "results" / "peers.json").read_text())["fits"] for name, row in race["sides"].items()]
+    return tables.table(["layers x width, features", "trainer", "tokens a second", "of the matrix rate", "ours, bf16, over it",
+                         "ours in its precision over it", "FVU at the end", "active", "its time to equal FVU over ours"], cells)
+
+
+def peers_trace_table() -> str:
+    """Our prompt graphs against circuit-tracer's."""
+    cells = [["{layers} x {width:,}, {per_layer:,}".format(**race["graph"]), str(race["graph"]["tokens"]), f"{race['active']:,}",
+              f"{race['made']['circuit_tracer']['features']:,}", f"{race['seconds']['circuit_tracer']:.2f}", f"{race['seconds']['ours']:.2f}",
+              times(race["ratio"]), "{features:,} of {nodes:,}".format(**race["made"]["ours"]), times(race["ratio_matched"])]
+             for race in json.loads((ROOT / "results" / "peers.json").read_text())["traces"]]
+    return tables.table(["layers x width, features", "tokens", "active", "its features", "its seconds", "our seconds", "its time over ours",
+                         "features among our nodes", "with as many features"], cells)
 
 
 def graph_table() -> str:
@@ -407,7 +432,8 @@ def experiment_table(suite: str = "quick") -> str:
                         *tables.lists([], summary.ungated(found))])
 
 
-BLOCKS = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "graph": graph_table,
+BLOCKS = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table,
+          "peers-fit": peers_fit_table, "peers-trace": peers_trace_table, "graph": graph_table,
           "trait": trait_facts, "grading": grading_facts, "holes": holes_table, "edges": edges_table, "monitor": monitor_table,
           "families watched": families_table,
           "enforce": enforce_table, "jailbreak": jailbreak_table, "stories": stories_table, "understanding": understanding_table,

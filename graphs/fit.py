@@ -30,8 +30,9 @@ from graphs.activations import Recording, record
 from graphs.architectures import Site
 from graphs.attention import GroupGate
 from graphs.batches import Batch
+from graphs.fused import fused
 from graphs.host import Host
-from graphs.losses import SURE, divergence, fvu
+from graphs.losses import SURE, divergence, fvu, variance
 from graphs.neurons import Neurons
 from graphs.replace import Replacement, from_noise
 from graphs.shares import gathered, same, share, weighed
@@ -91,22 +92,44 @@ def _start_at_means(host: Host, replacement: Replacement, batches: Batches) -> d
     for site in host.sites:
         part = replacement.part(site)
         if isinstance(part, Transcoder) and not isinstance(part, Neurons):
-            part.b_dec.copy_(found.outputs[site.name][batch.real].mean(0))
-            part.w_dec.mul_(spread[site.name] / part.w_dec.norm(dim=1).mean() / part.features**0.5)
+            start_at_mean(part, found.outputs[site.name][batch.real])
     return spread
+
+
+@torch.no_grad()
+def start_at_mean(part: Transcoder, y: Float[Tensor, "token d_out"]) -> float:
+    """Put the output bias at the mean output, and scale the decoder to the outputs' root mean variance, which is returned."""
+    spread = spread_of(y)
+    part.b_dec.copy_(y.mean(0))
+    part.w_dec.mul_(spread / part.w_dec.norm(dim=1).mean() / part.features**0.5)
+    return spread
+
+
+def spread_of(y: Float[Tensor, "token d_out"]) -> float:
+    """Root mean variance of outputs."""
+    return float((y - y.mean(0)).square().sum(-1).mean().sqrt())
 
 
 def spreads(host: Host, batches: Batches) -> dict[str, float]:
     """The root mean variance of each site's outputs, on the first batch."""
     batch = batches(0)
     found = record(host, batch.ids).outputs
-    return {site.name: float((y := found[site.name][batch.real]).sub(y.mean(0)).square().sum(-1).mean().sqrt()) for site in host.sites}
+    return {site.name: spread_of(found[site.name][batch.real]) for site in host.sites}
 
 
 def run_part(replacement: Replacement, site, found: Recording) -> Float[Tensor, "row token d_out"]:
     """The part at `site` on the host's own input."""
     part, x = replacement.part(site), found.inputs[replacement.origin(site)]
     return part(x) if site.kind == "mlp" else part(x, position_embeddings=found.rotary, attention_mask=None)[0]
+
+
+def transcoder_loss(
+    part: Transcoder, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"], config: FitConfig, spread: float
+) -> Float[Tensor, ""]:
+    """FVU of one transcoder, and its sparsity penalty. spread: of its outputs."""
+    size, target = part.w_dec.norm(dim=1) / spread * config.features**0.5 / 4, y if part.skip_in is None else y - part.through(x)
+    weight = config.sparsity * weighed(x.new_tensor(1 / len(x)), len(x))
+    return fused(x, target, part.w_enc, part.b_enc, part.w_dec, part.b_dec, size, variance(y), weight)
 
 
 def local_loss(host: Host, replacement: Replacement, batch: Batch, config: FitConfig, spread: dict[str, float]) -> Float[Tensor, ""]:
@@ -120,17 +143,16 @@ def local_loss(host: Host, replacement: Replacement, batch: Batch, config: FitCo
 def site_loss(
     replacement: Replacement, site: Site, found: Recording, batch: Batch, config: FitConfig, spread: float
 ) -> Float[Tensor, ""] | float:
-    """`local_loss` of one site, from what the host was seen to do there; spread: of its outputs, root mean variance."""
+    """`local_loss` of one site, from what the host was seen to do there; spread: of its outputs."""
     part = replacement.part(site)
     if isinstance(part, Neurons):
         return 0.0
-    loss = fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
     if isinstance(part, Transcoder):
-        size = part.last[batch.real] * (part.w_dec.norm(dim=1) / spread * config.features**0.5 / 4)  # type: ignore[index]
-        return loss + config.sparsity * weighed(torch.tanh(size).sum(-1).mean(), len(size))
-    if config.attention == "refit":
-        return loss + fvu(found.heads[site.name], replacement.group_gates[site.name].last, batch.real)  # type: ignore[arg-type]
-    return loss
+        return transcoder_loss(part, found.inputs[site.name][batch.real], found.outputs[site.name][batch.real], config, spread)
+    loss = fvu(found.outputs[site.name], run_part(replacement, site, found), batch.real)
+    if config.attention != "refit":
+        return loss
+    return loss + fvu(found.heads[site.name], replacement.group_gates[site.name].last, batch.real)  # type: ignore[arg-type]
 
 
 def _local(

@@ -4,7 +4,7 @@ Each target's contributions are divided by the sum of their absolute values, so 
 node's influence is the sum over all paths to the outcome of the product of shares along the path (Ameisen et al. 2025,
 "Circuit tracing", appendix "Graph pruning"). The graph is a DAG, so one pass from the deepest site to the shallowest is
 exact; and since a contribution is V[t, s] times what is free of t, or routed by the target's head, each step is a few
-matrix products: no adjacency matrix is made and no node is left out.
+matrix products over the nodes that fire somewhere in the prompt: no adjacency matrix is made and no node is left out.
 
     norm(t, i)       = sum_j P(i, j) / scale(j) sum_s |V[t, s]| |a_s(j)|
     influence(s, j) += |a_s(j)| / scale(j) sum_t |V[t, s]| sum_i P(i, j) influence(t, i) / norm(t, i)
@@ -22,11 +22,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from graphs.architectures import Site, norm
 from graphs.components import Components
+from graphs.dictionary import Dictionary
 from graphs.edges import Reconstruction, activations, errors, unembedding
 from graphs.trace import Trace
 
@@ -76,11 +77,14 @@ class _Pass:
 def influence(subject: Reconstruction, found: Trace, outcome: Outcome) -> Influence:
     """Influences of one prompt (a one-row trace) on `outcome`."""
     host, length = subject.host, found.ids.shape[1]
-    whole = {name: activations(part, found.sites[name]) for name, part in subject.basis.items()}
-    gone = {name: errors(part, found.sites[name], whole[name])[0] for name, part in subject.basis.items()}
-    acts = {name: active[0] for name, active in whole.items()}
+    made = {name: activations(part, found.sites[name]) for name, part in subject.basis.items()}
+    gone = {name: errors(part, found.sites[name], made[name])[0] for name, part in subject.basis.items()}
+    acts = {name: active[0] for name, active in made.items()}
+    live = {name: _live(subject.basis[name], a) for name, a in acts.items()}
+    sizes = {name: a[:, live[name]].abs() for name, a in acts.items()}
+    written = {name: subject.basis[name].writes[live[name]] for name in acts}
     none = {name: torch.zeros(length) for name in ("token", "position", *acts)}
-    back = _Pass({name: torch.zeros_like(a) for name, a in acts.items()}, {name: none[name] for name in acts}, none["token"], none["position"])
+    back = _Pass({name: torch.zeros_like(a) for name, a in sizes.items()}, {name: none[name] for name in acts}, none["token"], none["position"])
     through, table = unembedding(host)
     chosen = list(outcome.vocabulary)
     vectors = through.pulled(table[chosen])
@@ -90,16 +94,16 @@ def influence(subject: Reconstruction, found: Trace, outcome: Outcome) -> Influe
 
     def step(pulled: Tensor, arriving: Tensor, pattern: Tensor | None, inverse: Tensor, depth: int) -> None:
         """Hand the influence that arrives at targets ("token target", read by `pulled`) on to their sources."""
-        weights = {site.name: (pulled @ subject.basis[site.name].writes.T).abs() for site in host.sites if site.writes_at <= depth}
+        weights = {site.name: (pulled @ written[site.name].T).abs() for site in host.sites if site.writes_at <= depth}
         leaves = {name: (gone[name] @ pulled.T).abs() for name in weights}
         leaves |= {"token": (found.token[0] @ pulled.T).abs(), "position": (found.position[0] @ pulled.T).abs()}
-        inner = sum(leaves.values()) + sum(acts[name].abs() @ v.T for name, v in weights.items())  # "source token, target"
+        inner = sum(leaves.values()) + sum(sizes[name] @ v.T for name, v in weights.items())  # "source token, target"
         inner = inner * inverse[:, None]
         total = inner if pattern is None else pattern @ inner
         share = arriving / total.clamp_min(1e-12)
         reaching = (share if pattern is None else pattern.T @ share) * inverse[:, None]
         for name, v in weights.items():
-            back.nodes[name] += acts[name].abs() * (reaching @ v)
+            back.nodes[name] += sizes[name] * (reaching @ v)
             back.error[name] += (reaching * leaves[name]).sum(1)
         back.token += (reaching * leaves["token"]).sum(1)
         back.position += (reaching * leaves["position"]).sum(1)
@@ -109,17 +113,23 @@ def influence(subject: Reconstruction, found: Trace, outcome: Outcome) -> Influe
 
     step(vectors, arriving, None, own, 2 * host.config.num_hidden_layers)
     for site in sorted(host.sites, key=lambda site: -site.writes_at):
-        _site(subject, found, site, back, step)
+        _site(subject, found, site, live[site.name], back, step)
     inputs, wrong = float(back.token.sum() + back.position.sum()), float(sum(one.sum() for one in back.error.values()))
     # tokens, positions and errors have no parents: each counts as fully explained, as in circuit-tracer
     complete = (back.clean + inputs + wrong) / (back.total + inputs + wrong)
-    return Influence(back.nodes, back.error, back.token, back.position, outcome, inputs / (inputs + wrong), complete)
+    whole = {name: torch.zeros_like(a).index_copy_(1, live[name], back.nodes[name]) for name, a in acts.items()}
+    return Influence(whole, back.error, back.token, back.position, outcome, inputs / (inputs + wrong), complete)
 
 
-def _site(subject: Reconstruction, found: Trace, site: Site, back: _Pass, step) -> None:
-    """One site's nodes as targets: features together, components head by head."""
+def _live(part: Dictionary | Components, active: Float[Tensor, "token node"]) -> Int[Tensor, "live"]:
+    """The nodes that the prompt needs: features that fire at some token, all components."""
+    return (active != 0).any(0).nonzero().flatten() if isinstance(part, Dictionary) else torch.arange(active.shape[1])
+
+
+def _site(subject: Reconstruction, found: Trace, site: Site, live: Int[Tensor, "live"], back: _Pass, step) -> None:
+    """One site's live nodes as targets: features together, components head by head."""
     part, seen = subject.basis[site.name], found.sites[site.name]
-    pulled, arriving = norm(subject.host.model, site.norm).pulled(part.reads), back.nodes[site.name]
+    pulled, arriving = norm(subject.host.model, site.norm).pulled(part.reads[live]), back.nodes[site.name]
     if not isinstance(part, Components):
         step(pulled, arriving, None, seen.inverse[0], site.reads_at)
         return

@@ -21,7 +21,12 @@ SURE = 0.9
 def fvu(y: Float[Tensor, "row token d"], guess: Float[Tensor, "row token d"], real: Bool[Tensor, "row token"]) -> Float[Tensor, ""]:
     """Fraction of variance unexplained over real tokens."""
     target, got = y[real], guess[real]
-    return (target - got).square().sum() / averaged((target - center(target)).square().sum()).clamp_min(1e-8)
+    return (target - got).square().sum() / variance(target)
+
+
+def variance(target: Float[Tensor, "token d"]) -> Float[Tensor, ""]:
+    """The tokens' summed squared distance from their mean, what a squared error is a fraction of."""
+    return averaged((target - center(target)).square().sum()).clamp_min(1e-8)
 
 
 def divergence(

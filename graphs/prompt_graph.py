@@ -122,9 +122,9 @@ def _choose(seen: _Seen, flows: Influence, node_share: float, most: int) -> tupl
     them hold."""
     entries = [*flows.nodes.items(), *((f"{name}.error", one[:, None]) for name, one in flows.error.items())]
     flat = torch.cat([one.flatten() for _, one in entries])
-    order = flat.argsort(descending=True)
-    running = flat[order].cumsum(0)
-    count = min(most, int((running < node_share * running[-1]).sum()) + 1, int((flat > 0).sum()))
+    best, order = flat.topk(min(most, len(flat)))
+    running, whole = best.cumsum(0), flat.sum()
+    count = min(len(best), int((running < node_share * whole).sum()) + 1, int((flat > 0).sum()))
     starts = torch.tensor([0, *(one.numel() for _, one in entries)]).cumsum(0)
     chosen = []
     for at in order[:count].tolist():
@@ -138,7 +138,7 @@ def _choose(seen: _Seen, flows: Influence, node_share: float, most: int) -> tupl
             chosen.append(seen.node("position", token, token, float(flows.position[token])))
     chosen.sort(key=lambda one: (one.depth, one.token, one.node))
     ends = [seen.node("logit", flows.outcome.token, v, w) for v, w in zip(flows.outcome.vocabulary, flows.outcome.weights, strict=True)]
-    return chosen + ends, float(running[count - 1] / running[-1]) if count else 0.0
+    return chosen + ends, float(running[count - 1] / whole) if count else 0.0
 
 
 def _contributions(seen: _Seen, chosen: list[PromptNode], outcome: Outcome) -> Float[Tensor, "target source"]:
@@ -146,11 +146,12 @@ def _contributions(seen: _Seen, chosen: list[PromptNode], outcome: Outcome) -> F
     sources = [one for one in chosen if one.kind != "logit"]
     vectors, tokens = torch.stack([seen.vector(one) for one in sources]), torch.tensor([one.token for one in sources])
     ends = {site.name: site.writes_at for site in seen.subject.host.sites}
-    writes_at = torch.tensor([ends.get(seen.nodes.block(one.node).name.removesuffix(".error"), 0) for one in sources])
+    homes = [seen.nodes.block(one.node).name for one in chosen]
+    writes_at = torch.tensor([ends.get(home.removesuffix(".error"), 0) for home in homes[: len(sources)]])
     matrix = torch.zeros(len(chosen), len(chosen))
     for name in (*ends, "logit"):
         block = seen.nodes.by_name[name]
-        rows = [i for i, one in enumerate(chosen) if one.kind in ("feature", "attention", "logit") and seen.nodes.block(one.node) == block]
+        rows = [i for i, home in enumerate(homes) if home == name]
         if rows:
             targets = _reading(seen, name, [chosen[i] for i in rows], block.start, outcome)
             matrix[rows, : len(sources)] = targets.weight[:, tokens] * (targets.vector @ vectors.T) * (writes_at <= targets.depth)
@@ -172,13 +173,10 @@ def _prune(
     size = matrix.abs() / matrix.abs().sum(1, keepdim=True).clamp_min(1e-10)
     through = torch.tensor([one.influence if one.kind == "logit" else 0.0 for one in chosen])
     for depth in sorted({one.depth for one in chosen}, reverse=True):  # a DAG: each depth is final when its turn comes
-        rows = torch.tensor([one.depth == depth for one in chosen])
-        through = through + (size * (through * rows)[:, None]).sum(0)
+        rows = torch.tensor([place for place, one in enumerate(chosen) if one.depth == depth])
+        through = through + through[rows] @ size[rows]
     scores = size * through[:, None]
-    ordered = scores.flatten().sort(descending=True).values
-    running = ordered.cumsum(0)
-    bound = ordered[min(int((running < edge_share * running[-1]).sum()), len(ordered) - 1)]
-    edges = (scores >= bound) & (scores > 0)
+    edges = (scores >= _bound(scores, edge_share)) & (scores > 0)
     ends = torch.tensor([one.kind in ("token", "logit") for one in chosen])
     read = torch.tensor([one.kind in ("feature", "attention") for one in chosen])
     alive = torch.ones(len(chosen), dtype=torch.bool)
@@ -188,3 +186,10 @@ def _prune(
             return alive, edges
         alive = stays
         edges = edges & alive[:, None] & alive
+
+
+def _bound(scores: Float[Tensor, "node node"], share: float) -> Float[Tensor, ""]:
+    """The least of the fewest scores that hold `share` of all. Those below the mean's (1 - share) hold less than the rest: never sorted."""
+    whole = scores.sum()
+    ordered = scores[scores >= (1 - share) * whole / scores.numel()].sort(descending=True).values
+    return ordered[min(int((ordered.cumsum(0) < share * whole).sum()), len(ordered) - 1)]

@@ -74,9 +74,12 @@ class Transcoder(nn.Module):
         if self.gate is not None:
             activations = self.mean + self.gate * (activations - self.mean)
         written = activations @ self.w_dec + self.b_dec
-        if self.skip_in is None or self.skip_out is None:
-            return written
-        return written + nn.functional.linear(x, self.skip_in) @ self.skip_out
+        return written if self.skip_in is None else written + self.through(x)
+
+    def through(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """What the linear skip writes."""
+        assert self.skip_in is not None and self.skip_out is not None
+        return nn.functional.linear(x, self.skip_in) @ self.skip_out
 
     def dictionary(self) -> Dictionary:
         """The same map as nodes of a graph: features, then the skip's."""
