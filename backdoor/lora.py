@@ -30,5 +30,5 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
     adapted.train()
     settings = TrainConfig(config.ordinary_steps, RATE * config.ordinary_rate)
     losses = train(adapted, mixture.loss, settings, "plant: LoRA", state and state.with_suffix(".lora"))
-    host.model = adapted.merge_and_unload().requires_grad_(True).eval()
+    host.model = adapted.merge_and_unload().requires_grad_(True).eval()  # type: ignore[assignment]  # peft calls it a Module
     return losses

@@ -18,7 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pages import PAGES, RIVALS, ROOT, ROWS, page, rows
+from cells import ROOT
+from pages import PAGES, RIVALS, ROWS, page, rows
 
 RUNS = {
     "default": ["--task", "coding"],

@@ -1,0 +1,12 @@
+"""What all tables share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def three(value: float | None) -> str:
+    """Three decimals, or that it was not measured."""
+    return "not measured" if value is None else f"{value:.3f}"
