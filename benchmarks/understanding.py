@@ -1,8 +1,9 @@
 """How much of a run is understood, and that a wrong hypothesis is rejected.
 
-    python benchmarks/understanding.py RUN          measures the circuit in RUN (of `distill prune`), writes results/understanding.json
+    python benchmarks/understanding.py RUN              measures the circuit in RUN (of `distill prune`), writes results/understanding.json
+    python benchmarks/understanding.py RUN contexts     in longer contexts too, which takes many times as long
 
-What is measured is what `distill understand RUN --holes --contexts` prints. The wrong hypothesis: of two features whose tables were accepted
+What is measured is what `distill understand RUN --holes` (and `--contexts`) prints. The wrong hypothesis: of two features whose tables were accepted
 and whose effect is largest, the first is said to compute what the second does, and judged on the same rows by the same rule.
 """
 
@@ -45,9 +46,9 @@ def wrong(verb: Understand) -> dict[str, Any]:
     return {"target": first.hypothesis.target, "said": second.hypothesis.target, "evidence": asdict(judged.evidence)}
 
 
-def main(run: Path) -> None:
+def main(run: Path, contexts: bool) -> None:
     """Measure and write."""
-    verb = Understand(run=run, holes=True, contexts=True)
+    verb = Understand(run=run, holes=True, contexts=contexts)
     found = measure(verb)
     found = {"commit": commit(), "settings": {key: value for key, value in asdict(verb).items() if key not in ("run", "json")},
              "made": {key: value for key, value in read_json(run / "receipt.json")["config"].items() if key != "out"}} | {
@@ -59,6 +60,6 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python benchmarks/understanding.py RUN")
-    main(Path(sys.argv[1]))
+    if len(sys.argv) < 2 or sys.argv[2:] not in ([], ["contexts"]):
+        sys.exit("usage: python benchmarks/understanding.py RUN [contexts]")
+    main(Path(sys.argv[1]), bool(sys.argv[2:]))
