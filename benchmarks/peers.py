@@ -186,7 +186,7 @@ def race(job: Job, against: dict[str, tuple[Path, str, dict]]) -> dict:
     return {"job": asdict(job), "matrix_rate": done, "sides": rows}
 
 
-JOBS = [Job(1, 512, 4096, 2048, 21, 3), Job(1, 128, 1024, 2048, 80, 8), Job(4, 128, 1024, 2048, 20, 4), Job(1, 256, 2048, 2048, 24, 4),
+JOBS = [Job(1, 512, 4096, 2048, 15, 3), Job(1, 128, 1024, 2048, 60, 6), Job(4, 128, 1024, 2048, 20, 4), Job(1, 256, 2048, 2048, 24, 4),
         Job(1, 1024, 8192, 1024, 5, 1)]
 """Widths and layers; steps by what a shared machine of two cores has time for: FVU settles in none of them."""
 
