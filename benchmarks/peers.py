@@ -183,10 +183,10 @@ def race(job: Job, against: dict[str, tuple[Path, str, dict]]) -> dict:
             "l0": [turn["l0"] for turn in side.turns], "seconds": [turn.get("processor", 0.0) for turn in side.turns]}
     for row in rows.values():
         row["equal_fvu"], row["ours_over_it_to_equal_fvu"] = to_equal(rows["ours bf16"], row)
-    return {"job": asdict(job), "matrix_rate": done, "sides": rows}
+    return {"job": asdict(job), "rates": {side: RATE / job.width for side in ("ours", "sae_lens")}, "matrix_rate": done, "sides": rows}
 
 
-JOBS = [Job(1, 512, 4096, 2048, 21, 3), Job(1, 128, 1024, 2048, 80, 8), Job(4, 128, 1024, 2048, 20, 4), Job(1, 256, 2048, 2048, 24, 4),
+JOBS = [Job(1, 128, 1024, 2048, 120, 10), Job(1, 512, 4096, 2048, 15, 3), Job(4, 128, 1024, 2048, 20, 4), Job(1, 256, 2048, 2048, 24, 4),
         Job(1, 1024, 8192, 1024, 5, 1)]
 """Widths and layers; steps by what a shared machine of two cores has time for: FVU settles in none of them."""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ast
 import re
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +66,10 @@ class Index:
         """Blocks by name."""
         return {block.name: block for block in self.blocks}
 
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [block.start for block in self.blocks]
+
     @property
     def inner(self) -> list[int]:
         """Features and attention components."""
@@ -72,7 +77,7 @@ class Index:
 
     def block(self, node: int) -> Block:
         """The block of a node."""
-        return next(block for block in reversed(self.blocks) if block.start <= node)
+        return self.blocks[bisect_right(self._starts, node) - 1]
 
     def name(self, node: int) -> str:
         """L2.F117, L1.H2.C3, L1.mlp.bias, L1.mlp.error, token 'x', position 4, logit 'x'."""

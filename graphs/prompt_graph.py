@@ -154,7 +154,8 @@ def _contributions(seen: _Seen, chosen: list[PromptNode], outcome: Outcome) -> F
         rows = [i for i, home in enumerate(homes) if home == name]
         if rows:
             targets = _reading(seen, name, [chosen[i] for i in rows], block.start, outcome)
-            matrix[rows, : len(sources)] = targets.weight[:, tokens] * (targets.vector @ vectors.T) * (writes_at <= targets.depth)
+            below = int((writes_at <= targets.depth).sum())  # sources are in order of depth
+            matrix[rows, :below] = (targets.vector @ vectors[:below].T).mul_(targets.weight[:, tokens[:below]])
     return matrix
 
 
@@ -170,13 +171,14 @@ def _prune(
     matrix: Float[Tensor, "node node"], chosen: list[PromptNode], edge_share: float
 ) -> tuple[Bool[Tensor, "node"], Bool[Tensor, "node node"]]:
     """Which nodes and edges stay."""
-    size = matrix.abs() / matrix.abs().sum(1, keepdim=True).clamp_min(1e-10)
+    size = matrix.abs()
+    size /= size.sum(1, keepdim=True).clamp_min(1e-10)
     through = torch.tensor([one.influence if one.kind == "logit" else 0.0 for one in chosen])
     for depth in sorted({one.depth for one in chosen}, reverse=True):  # a DAG: each depth is final when its turn comes
         rows = torch.tensor([place for place, one in enumerate(chosen) if one.depth == depth])
         through = through + through[rows] @ size[rows]
-    scores = size * through[:, None]
-    edges = (scores >= _bound(scores, edge_share)) & (scores > 0)
+    scores = size.mul_(through[:, None])
+    edges = scores >= _bound(scores, edge_share).clamp_min(torch.finfo(scores.dtype).tiny)
     ends = torch.tensor([one.kind in ("token", "logit") for one in chosen])
     read = torch.tensor([one.kind in ("feature", "attention") for one in chosen])
     alive = torch.ones(len(chosen), dtype=torch.bool)
@@ -189,7 +191,14 @@ def _prune(
 
 
 def _bound(scores: Float[Tensor, "node node"], share: float) -> Float[Tensor, ""]:
-    """The least of the fewest scores that hold `share` of all. Those below the mean's (1 - share) hold less than the rest: never sorted."""
-    whole = scores.sum()
-    ordered = scores[scores >= (1 - share) * whole / scores.numel()].sort(descending=True).values
-    return ordered[min(int((ordered.cumsum(0) < share * whole).sum()), len(ordered) - 1)]
+    """The least of the fewest scores that hold `share` of all. Only scores of the octave that it lies in are sorted."""
+    found = scores[scores > (1 - share) * scores.mean()]  # the others hold less than what may be left out
+    if not len(found):
+        return scores.new_zeros(())
+    left, exponent = share * float(scores.sum()), torch.frexp(found).exponent
+    octave = exponent.max() - exponent
+    sums = torch.bincount(octave, found.double()).cumsum(0)
+    place = min(int((sums < left).sum()), len(sums) - 1)
+    ordered = found[octave == place].sort(descending=True).values
+    reached = ordered.cumsum(0, dtype=torch.float64) + (float(sums[place - 1]) if place else 0.0)
+    return ordered[min(int((reached < left).sum()), len(ordered) - 1)]
