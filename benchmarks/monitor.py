@@ -212,7 +212,7 @@ def measure(name: str, run: Path | None) -> dict:
     reasons = {kind: watcher.score(prompt_ids(subject.host, texts[kind][:1]), True)[0].reason.line() for kind in ("triggered", "novelty-matched")}
     return {"organism": name, "family": secret.trigger.family, "graph": OWN if run is None else "transcoders", "tokens": monitor.learnt.tokens,
             "rows": ROWS, "calibration": CALIBRATION, "rare": RARE, "width": WIDTH, "prompts": {kind: len(some) for kind, some in texts.items()},
-            "reasons": reasons, "overhead": overhead(monitor, held), "commit": commit()} | found
+            "reasons": reasons, "commit": commit()} | found | ({} if name in FAMILIES else {"overhead": overhead(monitor, held)})
 
 
 def main(names: list[str], run: Path | None) -> None:

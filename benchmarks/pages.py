@@ -206,7 +206,7 @@ def monitor_table() -> str:
                for name, (one, title) in zip(names, columns, strict=True)]
     facts = []
     for one in found:
-        cost = "; ".join(f"{what} {row['ratio']:.2f}" for what, row in one["overhead"].items())
+        cost = "; ".join(f"{what} {row['ratio']:.2f}" for what, row in one.get("overhead", {}).items()) or "not measured"
         facts.append(f"- {one['organism']}, {one['graph']}: processor time, watched over not watched: {cost}; with the trigger, "
                      f"`{one['reasons']['triggered']}`")
     said = ("A cell: AUROC against novelty-matched prompts; against the worst kind of negatives; share of triggered prompts above the threshold "
