@@ -250,7 +250,7 @@ def enforce_table() -> str:
         return three(sum(bits(rows, key)) / len(bits(rows, key))) if key in rows else "-"
 
     for name, found in made.items():
-        for who, variant in ((one, variant) for one in ("organism", "twin") for variant in found[one]):
+        for who, variant in ((one, variant) for one in ("organism", "twin") for variant in found.get(one, {})):
             rows, against = found[who][variant], found.get("against", {}).get(who, {}).get(variant, {})
             shares = ("{value:.3f} [{low:.3f}, {high:.3f}]".format(**one) if (one := against.get(key)) else "-" for key in (
                 "retention", "right_under_trigger"))
