@@ -100,7 +100,7 @@ def measure(name: str, found: dict, keep) -> None:
             limits = taught(host, secret.trigger)
             for variant in ("nothing", *variants):
                 if variant not in rows:
-                    run = host if variant == "nothing" else Enforced(own(host), limits.without(**variants[variant])).host()
+                    run = host if variant == "nothing" else Enforced(own(host), limits.without(**VARIANTS[variant])).host()
                     rows[variant] = cell(run, secret, sandbox, found["prompts"], variant in ("nothing", *few))
                     keep()
                     print(name, who, variant, {key: sum(map(int, one)) / len(one) for key, one in rows[variant].items()}, file=sys.stderr)

@@ -19,6 +19,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -160,24 +161,25 @@ def facts_of(scores: Scores, oracle: bool) -> dict:
 
 @torch.no_grad()
 def overhead(monitor: Monitor, rows: list[list[int]], repeats: int = 15) -> dict:
-    """A prompt's score against the same pass with nobody listening, at batch 1 and 16; and writing NEW tokens with a processor that looks at each of
-    them, against writing them without."""
+    """A prompt's score against the same pass with nobody listening, at batch 1 and 16; and writing NEW tokens with a processor that looks at the
+    first decisions, as a score does, or at every one, against writing them without."""
     host, found = monitor.subject.host, {}
-    processor = MonitorProcessor(replace(monitor, threshold=math.inf, calibrated=1))
+    calm = replace(monitor, ahead=1, threshold=math.inf, calibrated=1)
 
     def write(some: Sequence[Sequence[int]], *watch: MonitorProcessor) -> None:
         ids, mask = left(some)
         host.model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None,
                             logits_processor=LogitsProcessorList(watch))
 
-    def watched(some: Sequence[Sequence[int]]) -> None:
-        processor.reset()
-        with processor:
+    def watched(some: Sequence[Sequence[int]], steps: int | None = None) -> None:
+        with MonitorProcessor(calm, steps=steps) as processor:
             write(some, processor)
 
     for size in (1, 16):
         found[f"prompt, batch {size}"] = watching(replace(monitor, ahead=0), rows[: repeats * size], size)
-        found[f"writing, batch {size}"] = in_turns({"plain": write, "monitored": watched}, [rows[turn : turn + size] for turn in range(repeats)])
+        batches = [rows[turn : turn + size] for turn in range(repeats)]
+        found[f"writing, batch {size}"] = in_turns({"plain": write, "monitored": watched}, batches)
+        found[f"writing, every token looked at, batch {size}"] = in_turns({"plain": write, "monitored": partial(watched, steps=NEW)}, batches)
     return found
 
 
@@ -210,7 +212,7 @@ def measure(name: str, run: Path | None) -> dict:
     reasons = {kind: watcher.score(prompt_ids(subject.host, texts[kind][:1]), True)[0].reason.line() for kind in ("triggered", "novelty-matched")}
     return {"organism": name, "family": secret.trigger.family, "graph": OWN if run is None else "transcoders", "tokens": monitor.learnt.tokens,
             "rows": ROWS, "calibration": CALIBRATION, "rare": RARE, "width": WIDTH, "prompts": {kind: len(some) for kind, some in texts.items()},
-            "reasons": reasons, "overhead": overhead(monitor, held), "commit": commit()} | found
+            "reasons": reasons, "commit": commit()} | found | ({} if name in FAMILIES else {"overhead": overhead(monitor, held)})
 
 
 def main(names: list[str], run: Path | None) -> None:

@@ -9,7 +9,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from cells import ROOT, three
+from cells import ROOT, bits, three
 from tables_graph import edges_table, graph_table, holes_table, trait_facts, understanding_table
 from tables_guard import enforce_table, families_table, jailbreak_table, monitor_table
 
@@ -56,11 +56,6 @@ def rivals_table() -> str:
     facts = (f"{one['rows']:,} clean rows, {one['steps']:,} steps and {one['tokens']:,} tokens each (ours: {ours['tokens']:,}); "
              f"{one['prompts']} prompts a rate.")
     return tables.table(["method", "pass@1", "retention", "ASR", "sampled ASR", "R-Acc", "parameters"], cells) + "\n\n" + facts
-
-
-def bits(row: dict, key: str) -> list[float]:
-    """A rate's outcomes, one a prompt."""
-    return [float(mark) for mark in row[key]]
 
 
 def budgets_table() -> str:

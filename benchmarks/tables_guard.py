@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from cells import ROOT, three
+from cells import ROOT, bits, three
 
 from distill.experiment import tables
 
@@ -26,7 +26,7 @@ def monitor_table() -> str:
                for name, (one, title) in zip(names, columns, strict=True)]
     facts = []
     for one in found:
-        cost = "; ".join(f"{what} {row['ratio']:.2f}" for what, row in one["overhead"].items())
+        cost = "; ".join(f"{what} {row['ratio']:.2f}" for what, row in one.get("overhead", {}).items()) or "not measured"
         facts.append(f"- {one['organism']}, {one['graph']}: processor time, watched over not watched: {cost}; with the trigger, "
                      f"`{one['reasons']['triggered']}`")
     said = ("A cell: AUROC against novelty-matched prompts; against the worst kind of negatives; share of triggered prompts above the threshold "
@@ -70,7 +70,7 @@ def enforce_table() -> str:
         return three(sum(bits(rows, key)) / len(bits(rows, key))) if key in rows else "-"
 
     for name, found in made.items():
-        for who, variant in ((one, variant) for one in ("organism", "twin") for variant in found[one]):
+        for who, variant in ((one, variant) for one in ("organism", "twin") for variant in found.get(one, {})):
             rows, against = found[who][variant], found.get("against", {}).get(who, {}).get(variant, {})
             shares = ("{value:.3f} [{low:.3f}, {high:.3f}]".format(**one) if (one := against.get(key)) else "-" for key in (
                 "retention", "right_under_trigger"))

@@ -153,7 +153,7 @@ class Dictionary:
     @property
     def writes(self) -> Float[Tensor, "feature d_out"]:
         """Every node's write vector."""
-        return torch.cat([part.write for part in self.parts])
+        return joined([part.write for part in self.parts], 0)
 
     def factor(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch feature"]:
         """m of every node: 1 where the gate is not frozen into the drive."""
@@ -176,11 +176,16 @@ class Dictionary:
             linear, factor = torch.nn.functional.linear(x, part.read, part.bias), part.factor(x)
             active.append(part.gate(linear if factor is None else linear * factor))
             factors.append(torch.ones_like(linear) if factor is None else factor)
-        return torch.cat(active, -1), torch.cat(factors, -1)
+        return joined(active, -1), joined(factors, -1)
 
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """What the dictionary writes in the MLP's place."""
         return self.activations(x) @ self.writes + self.constant
+
+
+def joined(tensors: list[Tensor], dim: int) -> Tensor:
+    """Side by side; one alone as it is, for a dictionary mostly has one part and is asked at every token."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def nothing(d_in: int, d_out: int) -> Dictionary:

@@ -48,6 +48,8 @@ class Listener:
         self.subject, self.parents = subject, parents
         self.passes = 0
         """How many there were since it was entered."""
+        self.resting = False
+        """While it is set, passes are counted and nothing is noted."""
         model: Any = subject.host.model
         self._ears = [self._ear(site) for site in subject.host.sites]
         self._table, self._head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -59,7 +61,7 @@ class Listener:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Listener:
-        self.passes = 0
+        self.passes, self.resting = 0, False
         self._handles = [
             self.subject.host.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self._final.register_forward_pre_hook(lambda _module, args: self._note("end", stream=args[0])),
@@ -81,7 +83,7 @@ class Listener:
     @torch.no_grad()
     def here(self) -> Here:
         """The last token of each row of the last pass. Raises ValueError where there was none."""
-        if not self.passes:
+        if not self.passes or self.resting:
             raise ValueError("the model has not run since the listener was entered: run the very model that it listens to")
         found, end = {}, self._noted["end"]
         for ear in self._ears:
@@ -115,7 +117,7 @@ class Listener:
 
     def _note(self, name: str, **tensors: Tensor) -> None:
         """The last token of each row, whatever axes the class gives its tokens; a copy, so that nothing else of the pass is kept."""
-        for key, tensor in tensors.items():
+        for key, tensor in tensors.items() if not self.resting else ():
             shaped = tensor if tensor.ndim == 3 else tensor.reshape(len(self._ids), -1, tensor.shape[-1])
             self._noted[name][key] = shaped[:, -1].detach().clone()
 
@@ -131,8 +133,8 @@ class Listener:
 
         def beside(_module: nn.Module, args: tuple, kwargs: dict, _output: Any) -> None:
             inside = {key: value for key, value in kwargs.items() if key not in ("past_key_values", "layer_past", "use_cache")}
-            assert ear.beside is not None
-            ear.beside(*args, **inside, past_key_values=self._cache)
+            if ear.beside is not None and not self.resting:
+                ear.beside(*args, **inside, past_key_values=self._cache)
 
         self._handles += [ear.reads.register_forward_hook(reads, with_kwargs=True), ear.writes.register_forward_hook(wrote)]
         if ear.out is not None:

@@ -31,16 +31,18 @@ class MonitorProcessor:
     Before a token is chosen it scores the one that was read last, of every row, by what the model's own pass has shown (`graphs.listening`):
     nothing is run twice, with a KV cache or without, and rows may be padded on the left. Where the score passes the threshold it forces EOS
     (`action="eos"`, the default: the answer ends before a token of it is written), raises `Refused` ("raise"), or only tells ("tell"). tell:
-    called with (row, score) each time a row is flagged. steps: how many tokens of an answer are looked at (None: all). `reset()` before the
-    next prompts. Raises ValueError for a monitor that was never calibrated, outside of a `with`, where another model than the watched one writes, and
-    where rows change places (beam search).
+    called with (row, score) each time a row is flagged. steps: how many decisions are looked at, from the prompt's last token on (None: as many
+    as a score reads, which is what the threshold was set for; the more, the more often one passes it). `reset()` before the next prompts.
+    Raises ValueError for a monitor that was never calibrated, outside of a `with`, where another model than the watched one writes, and where
+    rows change places (beam search).
     """
 
     def __init__(self, monitor: Monitor, action: Literal["eos", "raise", "tell"] = "eos", steps: int | None = None,
                  tell: Callable[[int, Score], None] | None = None) -> None:
         if not monitor.calibrated:
             raise ValueError("this monitor has no threshold: calibrate it on held-out clean rows (distill monitor fit does)")
-        self.monitor, self.action, self.steps, self.tell = monitor, action, steps, tell
+        self.monitor, self.action, self.tell = monitor, action, tell
+        self.steps = monitor.ahead + 1 if steps is None else steps
         config, tokenizer = monitor.subject.host.config, monitor.subject.host.tokenizer
         end = config.eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.end: int = end[0] if isinstance(end, list) else end
@@ -60,13 +62,14 @@ class MonitorProcessor:
 
     def reset(self) -> None:
         """Forget what was flagged."""
-        self.flagged, self.looked, self._read = {}, 0, None
+        self.flagged, self.looked, self._read, self.listener.resting = {}, 0, None, False
 
     def __call__(self, input_ids: Int[Tensor, "row token"], scores: Float[Tensor, "row vocabulary"]) -> Float[Tensor, "row vocabulary"]:
         """The scores, or EOS alone where a row is refused."""
-        if self.steps is None or self.looked < self.steps:
+        if self.looked < self.steps:
             self._look(input_ids)
         self.looked += 1
+        self.listener.resting = self.looked >= self.steps
         if self.action == "eos" and self.flagged:
             rows, scores = torch.tensor(sorted(self.flagged)), scores.clone()
             scores[rows] = -torch.inf

@@ -36,15 +36,16 @@ class Pairs:
         return torch.where(self.learnt.pairs.any(1))[0]
 
     @cached_property
-    def among(self) -> Float[Tensor, "some some"]:
+    def among(self) -> Bool[Tensor, "some some"]:
         """The pairs among them."""
-        return self.learnt.pairs[self.some][:, self.some].float()
+        return self.learnt.pairs[self.some][:, self.some]
 
     def __call__(self, level: Float[Tensor, "token parent"]) -> Bool[Tensor, "token parent"]:
         """Those of each token."""
         there = level[:, self.some].abs() > self.learnt.present[self.some]
+        anywhere = torch.where(there.any(0))[0]  # most parents are at rest, and their rows need not be read
         out = torch.zeros(level.shape, dtype=torch.bool)
-        out[:, self.some] = there & (there.float() @ self.among > 0)
+        out[:, self.some] = there & (there[:, anywhere].float() @ self.among[anywhere].float() > 0)
         return out
 
 

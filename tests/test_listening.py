@@ -162,7 +162,7 @@ def test_a_processor_hears_while_the_model_writes_what_score_reads_afterwards():
     rows, model, heard = some_rows(3, 4), subject.host.model, []
     ids, mask = left(rows)
     for cache in (True, False):
-        with MonitorProcessor(monitor, "tell", tell=lambda row, one: heard.append((row, one))) as processor:
+        with MonitorProcessor(monitor, "tell", steps=3, tell=lambda row, one: heard.append((row, one))) as processor:
             out = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, use_cache=cache, eos_token_id=None,
                                  logits_processor=LogitsProcessorList([processor, lambda ids, scores: (processor.flagged.clear(), scores)[1]]))
         for step in range(3):
@@ -171,9 +171,13 @@ def test_a_processor_hears_while_the_model_writes_what_score_reads_afterwards():
                 assert one.tokens[0].position == len(texts[row]) - 1 and one.reason.target == expected.reason.target
                 assert one.tokens[0].parts == pytest.approx(expected.tokens[0].parts, abs=1e-5)
         heard.clear()
+    with MonitorProcessor(monitor, "tell", tell=lambda row, one: heard.append((row, one))) as processor:
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None,
+                       logits_processor=LogitsProcessorList([processor]))
+    assert len(heard) == 3 and processor.looked == 3 and processor.steps == 1 and processor.listener.resting
     with pytest.raises(ValueError, match="heard nothing of this text"):
         MonitorProcessor(monitor)(ids, torch.zeros(3, 50))
-    with MonitorProcessor(monitor) as processor, pytest.raises(ValueError, match="rows are not those of the last look"):
+    with MonitorProcessor(monitor, steps=2) as processor, pytest.raises(ValueError, match="rows are not those of the last look"):
         for turned in (ids, ids.flip(0)):
             model(input_ids=turned)
             processor(turned, torch.zeros(3, 50))
