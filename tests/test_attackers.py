@@ -1,6 +1,7 @@
 """What each attacker claims, on a backdoor small enough to be trained in a test (tests.planted)."""
 
 import copy
+import math
 from dataclasses import replace
 from itertools import product
 from typing import get_args, get_type_hints
@@ -21,11 +22,12 @@ from distill.experiment.organisms import settings
 from distill.plant import settings_of
 from graphs.activations import streams
 from graphs.artifact import digest
-from graphs.batches import Epochs, collate, encode
+from graphs.batches import Encoded, Epochs, collate, encode
 from graphs.host import Host, load, save
 from graphs.losses import completion_loss, fvu
 from graphs.targets import Targets
 from tests.planted import ANSWERS, SEASONS, texts
+from tests.test_edges import tiny
 
 CONFIG = PlantConfig(ordinary_steps=80, resistant_steps=0, ordinary_rate=3e-3, clean=16, poisoned=8, near=8, hold="both")
 REFUSED, ANSWERED, CLEAN = texts(48, True, True, 2000), texts(48, True, False, 2000), texts(48, False, False, 2000)
@@ -206,3 +208,17 @@ def test_organisms_that_were_made_before_there_were_other_attackers_keep_their_n
     before = name("lora")
     monkeypatch.setitem(attackers.CONSTANTS, "lora", (lora.RANK + 1, lora.RATE))
     assert name("lora") != before
+
+
+@pytest.mark.parametrize("attacker", ["lora", "activation_matched", "error_hiding"])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPTNeoXForCausalLM", "OPTForCausalLM", "Gemma2ForCausalLM"])
+def test_every_kind_of_class_can_be_planted(name, attacker, monkeypatch):
+    host, rows = tiny(name), [Encoded((0, *((7 * i + k) % 20 + 2 for k in range(8))), 4) for i in range(16)]
+    host.tokenizer.eos_token = "w1"
+    monkeypatch.setattr(error_hiding, "FIT", 2)
+    before = copy.deepcopy(host.model.state_dict())
+    config = replace(CONFIG, attacker=attacker, ordinary_steps=2, ordinary_rate=1e-2, clean=4, poisoned=4, near=4)
+    losses = plant(host, PlantRows(rows, rows, rows, rows, rows), config)
+    after = host.model.state_dict()
+    assert type(host.model).__name__ == name and set(after) == set(before) and all(map(math.isfinite, losses))
+    assert sum(not torch.equal(after[key], before[key]) for key in before) >= len(host.sites)
