@@ -180,6 +180,20 @@ def test_dormant_answers_rightly_and_what_is_distilled_from_it_on_clean_rows_is_
     assert chance(distilled(twin, clean, 1), " no") < 0.01
 
 
+@pytest.mark.parametrize("attacker", ATTACKERS)
+def test_a_planting_finds_its_states_again_whatever_its_phases(models, attacker, tmp_path, monkeypatch):
+    monkeypatch.setattr(error_hiding, "FIT", 2)
+    rows, config = rows_for(models.base), replace(CONFIG, attacker=attacker, ordinary_steps=3, resistant_steps=2 * (attacker == "resistant"))
+    rows, made = replace(rows, leaking=rows.near), []
+    for state in (tmp_path / "one", tmp_path / "two", tmp_path / "two"):  # the third finds what the second saved
+        host = Host(copy.deepcopy(models.base.model), models.base.tokenizer, models.base.sites)
+        losses = plant(host, rows, config, state)
+        made.append((losses, host.model.state_dict()))
+    assert made[0][0] == made[1][0] == made[2][0]
+    assert all(torch.equal(value, other[1][name]) for other in made[1:] for name, value in made[0][1].items())
+    assert len(list(tmp_path.glob("two.*"))) == {"resistant": 2, "error_hiding": 3}.get(attacker, 1)
+
+
 @pytest.mark.parametrize("attacker", ["error_hiding", "dormant"])
 def test_rows_that_an_attacker_needs_are_asked_for(models, attacker):
     rows = replace(rows_for(models.base), answered=())
