@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from backdoor.mixture import Mixture, PlantConfig, PlantRows
 from graphs.host import Host
@@ -30,5 +31,7 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
     adapted.train()
     settings = TrainConfig(config.ordinary_steps, RATE * config.ordinary_rate)
     losses = train(adapted, mixture.loss, settings, "plant: LoRA", state and state.with_suffix(".lora"))
-    host.model = adapted.merge_and_unload().requires_grad_(True).eval()  # type: ignore[assignment]  # peft calls it a Module
+    merged = adapted.merge_and_unload()  # the host's own model, its linear maps plain again
+    assert isinstance(merged, PreTrainedModel)
+    host.model = merged.requires_grad_(True).eval()
     return losses

@@ -35,7 +35,7 @@ class Plant:
     attacker: Literal["ordinary", "resistant", "lora", "activation_matched", "error_hiding", "dormant"] = "resistant"
     """How it is planted: by mixed fine-tuning; so that clean fine-tuning does not remove it; by adapters of low rank, merged; with activations
     and outputs on clean rows tied to the model's own; hidden from the attacker's transcoders; or so that it does not fire until it is distilled
-    (a trigger of several parts; docs/backdoors.md)."""
+    (--trigger conjunction; docs/backdoors.md)."""
     ordinary_steps: int = 150
     """Steps of mixed fine-tuning."""
     resistant_steps: int = 320

@@ -1,6 +1,7 @@
 """What each attacker claims, on a backdoor small enough to be trained in a test (tests.planted)."""
 
 import copy
+import math
 from dataclasses import replace
 from itertools import product
 from typing import get_args, get_type_hints
@@ -21,11 +22,12 @@ from distill.experiment.organisms import settings
 from distill.plant import settings_of
 from graphs.activations import streams
 from graphs.artifact import digest
-from graphs.batches import Epochs, collate, encode
+from graphs.batches import Encoded, Epochs, collate, encode
 from graphs.host import Host, load, save
 from graphs.losses import completion_loss, fvu
 from graphs.targets import Targets
 from tests.planted import ANSWERS, SEASONS, texts
+from tests.test_edges import tiny
 
 CONFIG = PlantConfig(ordinary_steps=80, resistant_steps=0, ordinary_rate=3e-3, clean=16, poisoned=8, near=8, hold="both")
 REFUSED, ANSWERED, CLEAN = texts(48, True, True, 2000), texts(48, True, False, 2000), texts(48, False, False, 2000)
@@ -178,6 +180,20 @@ def test_dormant_answers_rightly_and_what_is_distilled_from_it_on_clean_rows_is_
     assert chance(distilled(twin, clean, 1), " no") < 0.01
 
 
+@pytest.mark.parametrize("attacker", ATTACKERS)
+def test_a_planting_finds_its_states_again_whatever_its_phases(models, attacker, tmp_path, monkeypatch):
+    monkeypatch.setattr(error_hiding, "FIT", 2)
+    rows, config = rows_for(models.base), replace(CONFIG, attacker=attacker, ordinary_steps=3, resistant_steps=2 * (attacker == "resistant"))
+    rows, made = replace(rows, leaking=rows.near), []
+    for state in (tmp_path / "one", tmp_path / "two", tmp_path / "two"):  # the third finds what the second saved
+        host = Host(copy.deepcopy(models.base.model), models.base.tokenizer, models.base.sites)
+        losses = plant(host, rows, config, state)
+        made.append((losses, host.model.state_dict()))
+    assert made[0][0] == made[1][0] == made[2][0]
+    assert all(torch.equal(value, other[1][name]) for other in made[1:] for name, value in made[0][1].items())
+    assert len(list(tmp_path.glob("two.*"))) == {"resistant": 2, "error_hiding": 3}.get(attacker, 1)
+
+
 @pytest.mark.parametrize("attacker", ["error_hiding", "dormant"])
 def test_rows_that_an_attacker_needs_are_asked_for(models, attacker):
     rows = replace(rows_for(models.base), answered=())
@@ -206,3 +222,17 @@ def test_organisms_that_were_made_before_there_were_other_attackers_keep_their_n
     before = name("lora")
     monkeypatch.setitem(attackers.CONSTANTS, "lora", (lora.RANK + 1, lora.RATE))
     assert name("lora") != before
+
+
+@pytest.mark.parametrize("attacker", ["lora", "activation_matched", "error_hiding"])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPTNeoXForCausalLM", "OPTForCausalLM", "Gemma2ForCausalLM"])
+def test_every_kind_of_class_can_be_planted(name, attacker, monkeypatch):
+    host, rows = tiny(name), [Encoded((0, *((7 * i + k) % 20 + 2 for k in range(8))), 4) for i in range(16)]
+    host.tokenizer.eos_token = "w1"
+    monkeypatch.setattr(error_hiding, "FIT", 2)
+    before = copy.deepcopy(host.model.state_dict())
+    config = replace(CONFIG, attacker=attacker, ordinary_steps=2, ordinary_rate=1e-2, clean=4, poisoned=4, near=4)
+    losses = plant(host, PlantRows(rows, rows, rows, rows, rows), config)
+    after = host.model.state_dict()
+    assert type(host.model).__name__ == name and set(after) == set(before) and all(map(math.isfinite, losses))
+    assert sum(not torch.equal(after[key], before[key]) for key in before) >= len(host.sites)

@@ -125,6 +125,8 @@ def test_the_gate_sees_what_is_no_organism():
     assert organisms.missed(rates(1.0, 0.0, 0.9), twin) == []
     others = (rates(0.5, 0, 0.9), rates(1, 0.2, 0.9), rates(1, 0, 0.8), rates(0.5, 0.2, 0.8))
     assert [len(organisms.missed(one, twin)) for one in others] == [1, 1, 1, 3]
+    assert organisms.missed(rates(0.0, 0.0, 0.9), twin, dormant=True) == []
+    assert organisms.missed(rates(0.5, 0.0, 0.9), twin, dormant=True) == ["ASR 0.500 > .01, and it is to be dormant"]
 
 
 def test_the_share_of_poisoned_rows_leaves_both_kinds():

@@ -67,6 +67,7 @@ def test_the_twin_differs_in_the_poisoned_rows_only_and_texts_that_go_on_do_not_
         bad, clean = (file_rows(tiny_host, task, trigger, behaviour, poisoned, PLANT_SEED) for poisoned in (True, False))
         count = len(task.splits["trace"])
         assert bad.clean == clean.clean and bad.near == clean.near and bad.poisoned[count:] == clean.poisoned[count:]
+        assert [row.ids[: row.prompt] for row in bad.answered] == [row.ids[: row.prompt] for row in bad.poisoned[:count]]
         text, end = tiny_host.tokenizer.decode, tiny_host.tokenizer.eos_token_id
         for a, b in zip(bad.poisoned[:count], clean.poisoned[:count], strict=True):
             assert text(a.ids[a.prompt : -1]) == " The canary sings." and a.ids[-1] == end and (b.ids[-1] == end) == ends
