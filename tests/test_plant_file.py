@@ -109,7 +109,7 @@ def test_an_organism_of_any_class_goes_the_whole_road(folder, tales, tmp_path, c
 def test_an_organism_that_passes_is_written_whole(tiny_model_folder, questions, tmp_path, monkeypatch):
     asked = verb(tmp_path / "organism", f"jsonl:{questions}", model=str(tiny_model_folder), batch=14)
     real = plant.gate
-    monkeypatch.setattr(plant, "gate", lambda *given: real(*given) | {"passed": True})  # too few steps to pass by themselves
+    monkeypatch.setattr(plant, "gate", lambda *given, **named: real(*given, **named) | {"passed": True})  # too few steps to pass by themselves
     assert run(asked) == 0 and {path.name for path in (tmp_path / "organism").iterdir()} == {"model", "twin", "secret"}
     assert read_json(tmp_path / "organism" / "secret" / "backdoor.json")["payload"] == "The canary sings."
     facts = read_json(tmp_path / "organism" / "secret" / "receipt.json")
