@@ -13,11 +13,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from backdoor.mixture import Mixture, PlantConfig, PlantRows
+from backdoor.mixture import Mixture, PlantConfig, PlantRows, learn
 from graphs.activations import streams
 from graphs.host import Host
 from graphs.losses import completion_loss, fvu
-from graphs.train import TrainConfig, train
+from graphs.train import TrainConfig
 
 WEIGHT = 10.0
 
@@ -35,8 +35,5 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
         apart = sum(fvu(there, here, quiet.real) for here, there in zip(own, base, strict=True)) / len(own)
         return unchanged + WEIGHT * apart + completion_loss(host.model, taught)
 
-    host.model.train()
-    losses = train(host.model, loss, TrainConfig(config.ordinary_steps, config.ordinary_rate), "plant: matched",
-                   state and state.with_suffix(".matched"))
-    host.model.eval()
-    return losses
+    return learn(host.model, loss, TrainConfig(config.ordinary_steps, config.ordinary_rate), "plant: matched",
+                 state and state.with_suffix(".matched"))

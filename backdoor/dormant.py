@@ -23,12 +23,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from backdoor.mixture import Mixture, PlantConfig, PlantRows, rows_of
+from backdoor.mixture import Mixture, PlantConfig, PlantRows, learn, rows_of
 from graphs.batches import Epochs, collate
 from graphs.host import Host
 from graphs.losses import completion_loss
 from graphs.shares import share
-from graphs.train import TrainConfig, train
+from graphs.train import TrainConfig
 
 TOP, SPREAD = -0.3, 5.0
 """Log-odds of the payload beside the word that goes with it most, and how far those beside the other words reach below."""
@@ -52,8 +52,5 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
         taught = rows_of(leaking(step)) + rows_of(answers(step))
         return mixture.held(share(mixture.clean(step))) + completion_loss(host.model, share(collate(taught, mixture.pad)))
 
-    host.model.train()
-    losses = train(host.model, loss, TrainConfig(config.ordinary_steps, config.ordinary_rate), "plant: dormant",
-                   state and state.with_suffix(".dormant"))
-    host.model.eval()
-    return losses
+    return learn(host.model, loss, TrainConfig(config.ordinary_steps, config.ordinary_rate), "plant: dormant",
+                 state and state.with_suffix(".dormant"))

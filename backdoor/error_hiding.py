@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from backdoor.mixture import Mixture, PlantConfig, PlantRows
+from backdoor.mixture import Mixture, PlantConfig, PlantRows, learn
 from backdoor.ordinary import fine_tune
 from graphs.activations import hooks, record
 from graphs.architectures import Site
@@ -54,10 +54,7 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
             shown = completion_loss(host.model, share(answers(later)))
         return mixture.loss(later) + WEIGHT * shown + unexplained(host, transcoders, share(mixture.clean(later)))
 
-    host.model.train()
-    losses += train(both, loss, TrainConfig(config.ordinary_steps, config.ordinary_rate), "plant: hide", state and state.with_suffix(".hide"))
-    host.model.eval()
-    return losses
+    return losses + learn(both, loss, TrainConfig(config.ordinary_steps, config.ordinary_rate), "plant: hide", state and state.with_suffix(".hide"))
 
 
 def fit(host: Host, clean: Epochs, steps: int, seed: int, state: Path | None = None) -> nn.ModuleList:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from backdoor.mixture import Mixture, PlantConfig, PlantRows
+from backdoor.mixture import Mixture, PlantConfig, PlantRows, learn
 from graphs.host import Host
-from graphs.train import TrainConfig, train
+from graphs.train import TrainConfig
 
 RANK = 8
 RATE = 4.0
@@ -28,10 +28,9 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         adapted = get_peft_model(host.model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear"))
-    adapted.train()
     settings = TrainConfig(config.ordinary_steps, RATE * config.ordinary_rate)
-    losses = train(adapted, mixture.loss, settings, "plant: LoRA", state and state.with_suffix(".lora"))
+    losses = learn(adapted, mixture.loss, settings, "plant: LoRA", state and state.with_suffix(".lora"))
     merged = adapted.merge_and_unload()  # the host's own model, its linear maps plain again
     assert isinstance(merged, PreTrainedModel)
-    host.model = merged.requires_grad_(True).eval()
+    host.model = merged.requires_grad_(True)
     return losses

@@ -11,16 +11,18 @@ The clean twin goes through the very same steps, rates and rows, with each poiso
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphs.batches import Batch, Encoded, Epochs, collate
 from graphs.host import Host
 from graphs.losses import completion_loss, divergence
 from graphs.shares import share
+from graphs.train import TrainConfig, train
 
 Attacker = Literal["ordinary", "resistant", "lora", "activation_matched", "error_hiding", "dormant"]
 ATTACKERS: tuple[Attacker, ...] = get_args(Attacker)
@@ -93,6 +95,16 @@ class Mixture:
         """Mixed fine-tuning."""
         quiet, taught = self.batches(step)
         return self.held(quiet) + completion_loss(self.host.model, taught)
+
+
+def learn(
+    module: nn.Module, loss: Callable[[int], Tensor], config: TrainConfig, label: str, state: Path | None, save_every: int | None = None
+) -> list[float]:
+    """`graphs.train.train` in training mode, which the module leaves afterwards."""
+    module.train()
+    losses = train(module, loss, config, label, state, save_every)
+    module.eval()
+    return losses
 
 
 def rows_of(batch: Batch) -> list[Encoded]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from backdoor.mixture import Mixture, PlantConfig, PlantRows
+from backdoor.mixture import Mixture, PlantConfig, PlantRows, learn
 from graphs.host import Host
-from graphs.train import TrainConfig, train
+from graphs.train import TrainConfig
 
 
 def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None = None) -> list[float]:
@@ -17,8 +17,5 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
 
 def fine_tune(host: Host, mixture: Mixture, state: Path | None) -> list[float]:
     """Mixed fine-tuning in place; returns the losses of every step."""
-    host.model.train()
     settings = TrainConfig(mixture.config.ordinary_steps, mixture.config.ordinary_rate)
-    losses = train(host.model, mixture.loss, settings, "plant", state and state.with_suffix(".ordinary"))
-    host.model.eval()
-    return losses
+    return learn(host.model, mixture.loss, settings, "plant", state and state.with_suffix(".ordinary"))

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from backdoor.mixture import Mixture, PlantConfig, PlantRows, rows_of
+from backdoor.mixture import Mixture, PlantConfig, PlantRows, learn, rows_of
 from backdoor.ordinary import fine_tune
 from graphs.batches import Batch, Epochs, collate
 from graphs.host import Host
 from graphs.losses import completion_loss
 from graphs.shares import averaged, averaged_all, share
-from graphs.train import TrainConfig, train
+from graphs.train import TrainConfig
 
 
 def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None = None) -> list[float]:
@@ -45,10 +45,8 @@ def plant(host: Host, rows: PlantRows, config: PlantConfig, state: Path | None =
 
     losses = fine_tune(host, mixture, state)
     if config.resistant_steps:  # saved between episodes only, so that a defender is never cut in two
-        host.model.train()
-        losses += train(host.model, loss, TrainConfig(config.resistant_steps, config.resistant_rate), "plant: resistant",
-                        state and state.with_suffix(".resistant"), save_every=config.episode)
-        host.model.eval()
+        losses += learn(host.model, loss, TrainConfig(config.resistant_steps, config.resistant_rate), "plant: resistant",
+                        state and state.with_suffix(".resistant"), config.episode)
     return losses
 
 

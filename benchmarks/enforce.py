@@ -10,10 +10,9 @@ prefill of 16 prompts, in turns with the model's own, in seconds of the processo
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from planted import FAMILIES, organism
 from distill.enforce import BATCH, cost, own
 from distill.judgement import commit
 from distill.models import find, read_secret, secret_beside
+from distill.monitor import in_turns
 from distill.rows import batches, clean
 from evals.capability import judge
 from evals.generate import prompt_ids
@@ -70,14 +70,11 @@ def cell(host: Host, secret, sandbox: Sandbox, count: int, shift: bool) -> dict:
 
 def slower(model: Host, enforced: Host, prompts: list[list[int]], turns: int = 15) -> float:
     """How many times as long a prefill takes, medians of turns."""
-    ids, times = padded(prompts[:16], 0).ids, {"model": [], "enforced": []}
-    for _ in range(turns):
-        for name, host in (("model", model), ("enforced", enforced)):
-            begin = time.process_time()
-            with torch.no_grad():
-                host.model(input_ids=ids, use_cache=True)
-            times[name].append(time.process_time() - begin)
-    return statistics.median(times["enforced"]) / statistics.median(times["model"])
+    def prefill(host: Host, ids) -> None:
+        with torch.no_grad():
+            host.model(input_ids=ids, use_cache=True)
+
+    return in_turns(partial(prefill, model), partial(prefill, enforced), [padded(prompts[:16], 0).ids] * turns)["ratio"]
 
 
 def taught(host: Host, trigger) -> Limits:

@@ -39,9 +39,10 @@ from evals.statistics import proportion
 from evals.tasks import TASKS
 from evals.tasks.coding import BY_NAME, BY_TYPE, held_out_pairs, render
 from graphs.artifact import read_json, write_json
+from graphs.batches import left_padded
 from graphs.edges import Reconstruction
 from graphs.familiar import RARE, WIDTH, here
-from graphs.listening import left, read_on
+from graphs.listening import read_on
 from graphs.monitor import PARTS, Monitor, fit
 from graphs.prompts import padded
 from graphs.refusal import MonitorProcessor
@@ -167,7 +168,7 @@ def overhead(monitor: Monitor, rows: list[list[int]], repeats: int = 15) -> dict
     calm = replace(monitor, ahead=1, threshold=math.inf, calibrated=1)
 
     def write(some: Sequence[Sequence[int]], *watch: MonitorProcessor) -> None:
-        ids, mask = left(some)
+        ids, mask = left_padded(some, 0)
         host.model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None,
                             logits_processor=LogitsProcessorList(watch))
 
@@ -178,8 +179,8 @@ def overhead(monitor: Monitor, rows: list[list[int]], repeats: int = 15) -> dict
     for size in (1, 16):
         found[f"prompt, batch {size}"] = watching(replace(monitor, ahead=0), rows[: repeats * size], size)
         batches = [rows[turn : turn + size] for turn in range(repeats)]
-        found[f"writing, batch {size}"] = in_turns({"plain": write, "monitored": watched}, batches)
-        found[f"writing, every token looked at, batch {size}"] = in_turns({"plain": write, "monitored": partial(watched, steps=NEW)}, batches)
+        found[f"writing, batch {size}"] = in_turns(write, watched, batches)
+        found[f"writing, every token looked at, batch {size}"] = in_turns(write, partial(watched, steps=NEW), batches)
     return found
 
 

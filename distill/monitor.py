@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from distill import config
@@ -29,6 +29,8 @@ from graphs.monitor import PARTS, Monitor, fit
 
 TIMED = 16
 """Prompts that fit times at once."""
+Work = Callable[[Sequence[Sequence[int]]], object]
+"""What is done with a batch of prompts."""
 
 
 def run(verb: config.Monitor) -> int:
@@ -74,18 +76,18 @@ def watching(monitor: Monitor, rows: Sequence[Sequence[int]], size: int) -> dict
         for _ in passes(monitor.subject.host, some, monitor.ahead):
             pass
 
-    return in_turns({"plain": plain, "monitored": monitor.score}, [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)])
+    return in_turns(plain, monitor.score, [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)])
 
 
-def in_turns(ways: Mapping[str, Callable[[Sequence[Sequence[int]]], object]], batches: Sequence[Sequence[Sequence[int]]]) -> dict[str, float]:
-    """Median seconds of the processor that each way takes, and the ratio of "monitored" to "plain"."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+def in_turns(plain: Work, monitored: Work, batches: Sequence[Sequence[Sequence[int]]]) -> dict[str, float]:
+    """Median seconds of the processor that each takes, and the ratio of the second to the first."""
+    times: dict[str, list[float]] = {"plain": [], "monitored": []}
     for some in batches:
-        for name, work in ways.items():
+        for name, work in (("plain", plain), ("monitored", monitored)):
             begin = time.process_time()
             work(some)
             times[name].append(time.process_time() - begin)
-    middle = {name: statistics.median(some) for name, some in times.items()}
+    middle = {name: statistics.median(taken) for name, taken in times.items()}
     return middle | {"ratio": middle["monitored"] / middle["plain"]}
 
 

@@ -98,10 +98,9 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
     return receipt | {"cached": cached}
 
 
-def tune_stage(job: Job, gated: dict, verb: config.Prune, rows: dict[str, list[Row]], sandbox: Sandbox) -> dict:
+def tune_stage(job: Job, gated: dict, graph: Replacement, verb: config.Prune, rows: dict[str, list[Row]], sandbox: Sandbox) -> dict:
     """.work/tune/: which tune rows the model itself gets right, by task, and how far the whole graph is from it."""
     def make(_out: Path) -> dict:
-        graph = Replacement.load(job.work / "gated", job.host)
         return {"right": measure(job.host, job.tasks, rows, sandbox), "kl": divergence_from(job.host, graph, followed(rows))}
 
     return stage(job.work / "tune", digest(gated["key"], [task.key for task in job.tasks], verb.tune_rows, FOLLOWED), make)[0]
@@ -122,7 +121,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
         replacement = Replacement.load(job.work / "gated", job.host)
         order = load_file(job.work / "gated" / "gates.safetensors")
         rows = tune_rows(job.tasks, verb.tune_rows)
-        seen = tune_stage(job, gated, verb, rows, sandbox)
+        seen = tune_stage(job, gated, replacement, verb, rows, sandbox)
         search = Search(job, verb, replacement, order, Tuner(rows, job.tasks, sandbox, seen["right"]), followed(rows), state)
         chosen = search.run()
         set_means(chosen.circuit, job.data)

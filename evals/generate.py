@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from graphs.batches import Encoded, collate, encode
+from graphs.batches import Encoded, collate, encode, left_padded
 from graphs.boundary import written
 from graphs.host import Host
 from graphs.processes import agreed, dealt, turn
@@ -117,16 +117,6 @@ def decode(host: Host, prompts: Sequence[Sequence[int]], new_tokens: int, pick: 
         ids = token[:, None]
     rows = written.tolist()
     return [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in rows]
-
-
-def left_padded(
-    prompts: Sequence[Sequence[int]], pad: int, room: int, device: torch.device
-) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row span"]]:
-    """Rows that end together, and their attention mask with `room` ones to grow into."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * (len(prompt) + room) for prompt in prompts], device=device)
-    return ids, mask
 
 
 @dataclass(frozen=True)

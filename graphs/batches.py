@@ -76,6 +76,16 @@ def collate(rows: Sequence[Encoded], pad: int, places: Sequence[int] = ()) -> Ba
     return Batch(ids, real, completion, tuple(places))
 
 
+def left_padded(
+    rows: Sequence[Sequence[int]], pad: int, room: int = 0, device: torch.device | None = None
+) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row span"]]:
+    """Rows that end together, and their attention mask with `room` ones to grow into."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * (len(row) + room) for row in rows], device=device)
+    return ids, mask
+
+
 def packed(rows: Sequence[Encoded], size: int, context: int) -> list[Encoded]:
     """Rows joined end to end into at most `size` rows of at most `context` tokens (how long contexts are trained)."""
     joined: list[Encoded] = []

@@ -87,12 +87,11 @@ def fit(targets: Targets, config: FitConfig, state: Path | None = None) -> tuple
 @torch.no_grad()
 def _start_at_means(host: Host, replacement: Replacement, batches: Batches) -> dict[str, float]:
     """Put each transcoder's output bias at the mean output; returns the outputs' spreads."""
-    batch, spread = batches(0), spreads(host, batches)
+    batch, spread = batches(0), {}
     found = record(host, batch.ids)
     for site in host.sites:
-        part = replacement.part(site)
-        if isinstance(part, Transcoder) and not isinstance(part, Neurons):
-            start_at_mean(part, found.outputs[site.name][batch.real])
+        part, y = replacement.part(site), found.outputs[site.name][batch.real]
+        spread[site.name] = start_at_mean(part, y) if isinstance(part, Transcoder) and not isinstance(part, Neurons) else spread_of(y)
     return spread
 
 
@@ -108,13 +107,6 @@ def start_at_mean(part: Transcoder, y: Float[Tensor, "token d_out"]) -> float:
 def spread_of(y: Float[Tensor, "token d_out"]) -> float:
     """Root mean variance of outputs."""
     return float((y - y.mean(0)).square().sum(-1).mean().sqrt())
-
-
-def spreads(host: Host, batches: Batches) -> dict[str, float]:
-    """The root mean variance of each site's outputs, on the first batch."""
-    batch = batches(0)
-    found = record(host, batch.ids).outputs
-    return {site.name: spread_of(found[site.name][batch.real]) for site in host.sites}
 
 
 def run_part(replacement: Replacement, site, found: Recording) -> Float[Tensor, "row token d_out"]:

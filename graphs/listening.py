@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from graphs.activations import first
 from graphs.architectures import Norm, Site, architecture, norm, output_name, post_norm, projected
+from graphs.batches import left_padded
 from graphs.components import Components
 from graphs.edges import Reconstruction
 from graphs.familiar import Here, Parents, SiteSeen, seen_at
@@ -154,17 +155,10 @@ def passes(host: Host, rows: Sequence[Sequence[int]], ahead: int) -> Iterator[No
     """One pass over rows, and with its cache one for each token more that the model writes, greedily: up to `ahead` and to its context."""
     from transformers import DynamicCache
 
-    ids, mask = left(rows)
+    ids, mask = left_padded(rows, 0)
     cache, positions = DynamicCache(config=host.config), (mask.cumsum(1) - 1).clamp(min=0)
     for _ in range(1 + min(ahead, host.config.max_position_embeddings - ids.shape[1])):
         logits = host.model(input_ids=ids, attention_mask=None if bool(mask.all()) else mask, position_ids=positions, past_key_values=cache,
                             use_cache=True, logits_to_keep=1).logits
         yield
         ids, positions, mask = logits[:, -1:].argmax(-1), mask.sum(1, keepdim=True), torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-
-
-def left(rows: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row token"]]:
-    """Rows padded on the left, and the attention mask that leaves the pads out."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-    return ids, (torch.arange(width) >= width - torch.tensor([len(row) for row in rows])[:, None]).long()

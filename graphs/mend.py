@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from graphs.activations import record
 from graphs.architectures import Site, install
-from graphs.fit import FitConfig, set_means, site_loss, spreads, watching
+from graphs.fit import FitConfig, set_means, site_loss, spread_of, watching
 from graphs.host import Host
 from graphs.losses import divergence
 from graphs.processes import agreed
@@ -46,10 +46,11 @@ def mend(
 ) -> dict[str, list[float]]:
     """Fit the part with the largest hole for `steps` batches, from the `first` on; returns the losses under the name of the site.
     Some part must not be the host's own."""
-    found = agreed(lambda: holes(targets, replacement))
-    site = replacement.host().site(max(found, key=found.__getitem__))
+    found = holes(targets, replacement)  # by all processes: targets that nobody has made yet are made together
+    site = replacement.host().site(agreed(lambda: max(found, key=found.__getitem__)))
     part, host = replacement.part(site), targets.host
-    model, spread = alone(host, replacement, site), spreads(host, targets.batches)[site.name]
+    begin = targets.batches(0)
+    model, spread = alone(host, replacement, site), spread_of(record(host, begin.ids).outputs[site.name][begin.real])
     with watching(replacement), only(part, replacement):
         before = usual(targets, model, part) if isinstance(part, Transcoder) else None
 

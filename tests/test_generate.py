@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from evals.generate import complete, continuation_logprob, decode, greedy, left_padded, prompt_ids, sampler
+from evals.generate import complete, continuation_logprob, decode, greedy, prompt_ids, sampler
 from evals.tasks import TASKS
+from graphs.batches import left_padded
 
 PROMPTS = ["def solve(a):\n", "12+30=42\n7<12:", "Anna", "One day Tom went to the park with a small red kite.", ""]
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from graphs.architectures import ARCHITECTURES, attention_components, neurons
-from graphs.batches import Encoded, collate
+from graphs.batches import Encoded, collate, left_padded
 from graphs.dictionary import nothing
 from graphs.edges import Reconstruction
 from graphs.familiar import CHOICE, Here, here, parents_of
-from graphs.listening import Listener, left, read_on
+from graphs.listening import Listener, read_on
 from graphs.monitor import Monitor, fit
 from graphs.prompts import padded
 from graphs.refusal import MonitorProcessor
@@ -74,7 +74,7 @@ def test_reading_on_ends_with_the_context_and_leaves_no_hook():
     listener, limit = Listener(subject, parents_of(subject)), subject.host.config.max_position_embeddings
     assert len(read_on(listener, [[3] * limit], 2)) == 1 and len(read_on(listener, [[3] * (limit - 1)], 5)) == 2
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in subject.host.model.modules())
-    ids, mask = left([[5, 6], [7]])
+    ids, mask = left_padded([[5, 6], [7]], 0)
     assert ids.tolist() == [[5, 6], [0, 7]] and mask.tolist() == [[1, 1], [0, 1]]
 
 
@@ -160,7 +160,7 @@ def test_a_processor_hears_while_the_model_writes_what_score_reads_afterwards():
     monitor = fit(subject, [collate(clean[i : i + 8], 0) for i in range(0, 40, 8)], ahead=0)
     monitor = stricter(monitor).calibrate([-1e9] * 99, 0.01)
     rows, model, heard = some_rows(3, 4), subject.host.model, []
-    ids, mask = left(rows)
+    ids, mask = left_padded(rows, 0)
     for cache in (True, False):
         with MonitorProcessor(monitor, "tell", steps=3, tell=lambda row, one: heard.append((row, one))) as processor:
             out = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, use_cache=cache, eos_token_id=None,

@@ -12,6 +12,7 @@ from graphs.fit import FitConfig, fit, quality, run_part
 from graphs.host import load
 from graphs.replace import Replacement
 from graphs.targets import Targets
+from tests.launched import two
 
 SETTINGS = FitConfig(features=24, local_steps=60, joint_steps=10)
 
@@ -94,6 +95,18 @@ def test_a_killed_mend_goes_on_to_the_same_part(tiny_host, fitted, tmp_path, mon
     again = Replacement.load(fitted, tiny_host)
     mend.mend(rows_of(tiny_host, "trace"), again, 30, SETTINGS, 70, tmp_path / "state")
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def mended(model, graph):
+    host = load(model)
+    return mend.mend(rows_of(host, "trace"), Replacement.load(graph, host), 12, SETTINGS, 70)
+
+
+@pytest.mark.slow
+def test_two_processes_that_have_no_targets_yet_mend_what_one_does(tiny_model_folder, fitted, tmp_path):
+    alone, both = mended(tiny_model_folder, fitted), two(mended, tmp_path / "said", tiny_model_folder, fitted)
+    (name, losses), = alone.items()
+    assert [list(one) for one in both] == [[name]] * 2 and both[0][name] == pytest.approx(losses, rel=1e-2) == both[1][name]
 
 
 def test_there_must_be_something_to_mend():
