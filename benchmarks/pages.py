@@ -163,9 +163,10 @@ def stories_table() -> str:
     summary = made["summary"]
     shared = {title: [cell(made["models"][name][key]) for key in ("retention", "right_under_trigger_retention")] for name, title in ours.items()}
     shares = "; ".join(f"{title}: retention {kept}, R-Acc {right}" for title, (kept, right) in shared.items())
-    seconds = ", ".join(f"{step} {'not measured' if took is None else f'{took:.0f}'}" for step, took in made["seconds"].items())
+    seconds = ", ".join(f"{step} {'not measured' if took is None else '{processor:.0f} / {clock:.0f}'.format(**took)}"
+                        for step, took in made["seconds"].items())
     facts = (f"{summary['rows']:,} clean passages learnt from, {summary['steps']} steps; at most 200 test passages a rate. Shares of the "
-             f"twin's: {shares}. Processor seconds: {seconds}. Commit {made['commit']}.")
+             f"twin's: {shares}. Seconds, of the processor / of the clock on two cores: {seconds}. Commit {made['commit']}.")
     return tables.table(head, rows) + "\n\n" + facts
 
 

@@ -6,7 +6,8 @@
     python benchmarks/stories.py MODEL FILE FOLDER --controls   also clean fine-tuning and the dense refit of the same organism, on as many
                                                         batches of the same rows
 
-Seconds are those of the processor (user and system, all threads), which other work on the machine does not add to.
+Seconds are those of the processor (user and system, all threads), which other work on the machine does not add to, and those of the clock,
+which it does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from distill.judgement import commit, versions
@@ -52,19 +54,20 @@ RATES = ("attack_success", "attack_success_sampled", "attack_success_held_out", 
 CONTROLS = ("dense refit", "clean fine-tuning, lr 0.0001", "clean fine-tuning, lr 0.001")
 
 
-def run(model: str, file: str, folder: Path) -> dict[str, float | None]:
-    """Run what is not done yet; processor seconds of each step that was begun and ended here, None where it was begun before."""
-    seconds: dict[str, float | None] = {}
+def run(model: str, file: str, folder: Path) -> dict[str, dict[str, float] | None]:
+    """Run what is not done yet; processor and clock seconds of each step that was begun and ended here, None where it was begun before."""
+    seconds: dict[str, dict[str, float] | None] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for step, (done, command) in COMMANDS.items():
         words = [word.replace("MODEL", model).replace("FILE", file).replace("FOLDER", str(folder)) for word in shlex.split(command)[1:]]
         if (folder / done).is_file():
             continue
         begun = any(folder.glob(f"{done.split('/')[0]}/.work/*"))
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         ran = subprocess.run([sys.executable, "-m", "distill", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds[step] = None if begun else after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        seconds[step] = None if begun else {"processor": processor, "clock": time.monotonic() - started}
         print(ran.stdout)
         if ran.returncode == 2 or (step == "plant" and ran.returncode):
             sys.exit(f"{command}: ended with {ran.returncode}")
