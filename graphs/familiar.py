@@ -9,6 +9,9 @@ the model decides (the prompt's last token and those of the answer):
     low, high   mean -+ WIDTH standard deviations of the parent's activation over the norm's scale (of an error or a token: of the
                 contribution), the variance drawn towards that over all tokens with the weight of PRIOR tokens
 
+A choice is learnt only where the clean row goes on as the model chose: what a model says there and the text does not is no usual choice, and a
+backdoored model may say the first token of its payload on a row that holds no trigger.
+
 Two parents are a strange pair where each is present often enough that they should have met EXPECTED times by chance, and they never did.
 A dense node is present where it is among its own largest tenth. A gated neuron's gate is a frozen factor of its drive: what opens the gate is
 not among its parents. All are sums, so that rows stream through and none is stored.
@@ -242,11 +245,13 @@ def learn(subject: Reconstruction, batches: Iterable[Batch], warm: int = 4) -> L
     known, tokens, waiting, level = torch.zeros(subject.host.config.vocab_size, dtype=torch.bool), 0, [], None
     together = torch.zeros(len(parents.writes), len(parents.writes))
     for number, batch in enumerate(batches):
-        seen = here(subject, parents, subject.trace(batch.ids), deciding(batch))
+        where = deciding(batch)
+        seen = here(subject, parents, subject.trace(batch.ids), where)
+        right = batch.ids.roll(-1, 1)[where] == seen.choice
         known[batch.ids[batch.real]] = True
         tokens += len(seen.ids)
         for one in blocks:
-            _add(one, seen, sums, choices)
+            _add(one, seen, right, sums, choices)
         waiting.append(seen.level)
         if level is None and number + 1 >= warm:
             level = levels(waiting)
@@ -267,15 +272,15 @@ def _met(rows: list[Tensor], level: Float[Tensor, "parent"]) -> Float[Tensor, "p
     return there.T @ there
 
 
-def _add(one: Reader, seen: Here, sums: dict[str, Moments], choices: dict[int, Moments]) -> None:
-    """One batch's tokens of one block."""
+def _add(one: Reader, seen: Here, right: Bool[Tensor, "token"], sums: dict[str, Moments], choices: dict[int, Moments]) -> None:
+    """One batch's tokens of one block. right: where the row goes on as the model chose."""
     scale = seen.scale[one.name]
     x, vectors = seen.level[:, : one.parents] * scale[:, None], seen.vectors[:, : one.others]
     if one.site is not None:
         sums[one.name].add((seen.active[one.name] != 0).float(), x, torch.einsum("sod,td->sto", vectors, one.pulled) * scale[:, None, None])
         return
-    for token in seen.choice.unique().tolist():
-        mine = seen.choice == token
+    for token in seen.choice[right].unique().tolist():
+        mine = right & (seen.choice == token)
         other = (vectors[mine] @ one.pulled[token]) * scale[mine, None]
         total = choices.setdefault(token, Moments.empty(1, one.parents + one.others))
         total.add(torch.ones(int(mine.sum()), 1), x[mine], other[:, None])

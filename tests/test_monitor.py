@@ -9,7 +9,7 @@ import torch
 from graphs.architectures import attention_components, neurons, sites
 from graphs.batches import Encoded, collate
 from graphs.edges import Reconstruction, contributions, reading
-from graphs.familiar import CHOICE
+from graphs.familiar import CHOICE, learn
 from graphs.host import Host
 from graphs.monitor import PARTS, Monitor, conformal, fit
 from graphs.refusal import MonitorProcessor, Refused
@@ -156,3 +156,17 @@ def test_a_choice_that_was_never_made_on_clean_text_is_unfamiliar_whole(watched)
     rows = watched.learnt.blocks[CHOICE].rows
     assert int((rows != rows.max()).sum()) == 1 and int(rows[SAID]) == 0
     assert bool(watched.learnt.blocks[CHOICE].unfamiliar[-1].all())
+
+
+def test_a_choice_that_the_clean_row_itself_does_not_make_is_not_learnt():
+    rng, other = random.Random(9), FILLERS.start
+    rows = [clean(rng) for _ in range(60)]
+
+    def shares(ends: list[int]) -> float:
+        batches = [collate([Encoded((*ids, end), len(ids)) for ids, end in zip(rows[i : i + 30], ends[i : i + 30], strict=True)], EOS) for i in (0, 30)]
+        learnt = learn(hand_made(), batches)
+        assert learnt.blocks[CHOICE].count.sum() == sum(end == SAID for end in ends)
+        return Monitor(hand_made(), learnt, torch.zeros(3), torch.ones(3), 0).score([rows[0]])[0].tokens[-1].parts[0]
+
+    assert shares([other] * 60) > 0.3 > 0.05 > shares([SAID] * 60)
+    assert shares([SAID] * 30 + [other] * 30) < 0.05
