@@ -21,7 +21,7 @@ from graphs.artifact import read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "results" / "edges.json"
-STEPS, PROMPTS = 600, 500
+STEPS, PROMPTS = 1500, 500
 CELLS = ("fisher:0.2", "magnitude:0.2", "random:0.2", "fisher:0.1", "flow:0.2", "gates:0.2", "fisher:0.05")
 SCORES = ("fisher", "flow", "magnitude", "random")
 
