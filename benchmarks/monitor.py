@@ -126,14 +126,15 @@ def everybody(
         steps = read_on(monitor.listener, some, ahead)
         full[name] = [[*row, *(int(step.choice[i]) for step in steps[:-1])] for i, row in enumerate(some)]
     starts = {name: [len(row) - 1 for row in some] for name, some in asked.items()}
-    level, owner, choices = looked(subject, monitor, clean, begin)
+    level, _, choices = looked(subject, monitor, clean, begin)
     goes_on = [row.ids[at] for row in short for at in range(row.prompt, len(row.ids))]
     seen = {choice for choice, token in zip(choices, goes_on, strict=True) if choice == token}  # as the monitor learns them
     shown = [([row for name in names for row in full[name][::2]], [at for name in names for at in starts[name][::2]]) for names in (
         attacks, ["held-out"])]
     methods = {
         "nodes out of range": node_novelty(subject, monitor, level, False), "farthest node": node_novelty(subject, monitor, level, True),
-        "choice never made rightly on clean rows": lambda rows, at: [float(any(c not in seen for c in one)) for one in _choices(subject, monitor, rows, at)],
+        "choice never made rightly on clean rows": lambda rows, at: [float(any(c not in seen for c in one))
+                                                                     for one in _choices(subject, monitor, rows, at)],
         "Mahalanobis": rivals.mahalanobis(host, clean, begin), "Mahalanobis, by token": rivals.mahalanobis(host, clean, begin, True),
         "norm": rivals.norm(host, clean, begin), "random directions": rivals.directions(host, clean, begin),
         "perplexity": lambda rows, at: rivals.perplexity(host, rows, at), "n-grams and skip-grams": rivals.grams(clean, begin),

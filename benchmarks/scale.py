@@ -25,7 +25,7 @@ from distill.experiment.tables import table
 from distill.models import find
 from graphs.architectures import sites
 from graphs.batches import Batch, Encoded, Epochs
-from graphs.fit import FitConfig, distill, local_loss, watching
+from graphs.fit import FitConfig, distill, local_loss, local_rate, watching
 from graphs.host import Host, load
 from graphs.prune import PruneConfig, learn_gates
 from graphs.replace import from_noise
@@ -119,7 +119,7 @@ def stages(targets: Targets, features: int) -> dict[str, Callable[[int], object]
 
     def fitted(steps: int) -> None:
         with watching(whole):
-            train(whole, lambda step: local(batches(step)), TrainConfig(steps, config.local_rate), "fit: local")
+            train(whole, lambda step: local(batches(step)), TrainConfig(steps, local_rate(config, host.config.hidden_size)), "fit: local")
 
     def joined(steps: int) -> None:
         with watching(whole):

@@ -77,6 +77,9 @@ class Prune(Fit):
     Arcee where the model can move there, else its own."""
     attention_nodes: Literal["heads", "components"] = "heads"
     """What is gated and dropped of attention: whole heads, or the components of heads one by one (a dropped one is stored as zeros)."""
+    tokens: Literal["all", "seen"] = "all"
+    """Token nodes that are kept: all, or those that the clean rows hold. All others are then one to the model, a word that it hardly knows: what
+    was planted in their embeddings is gone, and what the model knew of them."""
     score: Literal["fisher", "attribution", "integrated", "relp", "frequency", "activation", "magnitude", "random"] = "fisher"
     """What ranks nodes before gates are learned from there (distill curve compares them)."""
     gate_steps: int = 80

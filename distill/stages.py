@@ -37,6 +37,7 @@ from graphs.mend import mend
 from graphs.processes import agreed
 from graphs.prune import learn_gates
 from graphs.replace import Replacement
+from graphs.tokens import seen_in
 from graphs.train import discard
 
 FOLLOWED = 128
@@ -83,15 +84,18 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
 
     def make(out: Path) -> dict:
         replacement = Replacement.load(job.folder / "graph", job.host)
+        if verb.tokens == "seen":
+            replacement.keep_tokens(seen_in(job.rows, job.host))
         if settings.components:
             canonical(replacement, job.data)
         order, losses = learn_gates(job.targets, replacement, settings, state, first=verb.fitting)
         set_means(replacement, job.data)
         agreed(lambda: replacement.save(out))
         agreed(lambda: save_file(order, out / "gates.safetensors"))
-        return {"settings": asdict(settings), "losses": losses, "seconds": time.monotonic() - started}
+        return {"settings": asdict(settings), "losses": losses, "tokens": replacement.tokens and len(replacement.tokens),
+                "seconds": time.monotonic() - started}
 
-    key = digest(graph["key"], settings)
+    key = digest(graph["key"], settings, *["seen tokens"] * (verb.tokens == "seen"))
     state = job.work / f"gates-{key}"
     receipt, cached = stage(job.work / "gated", key, make)
     discard(state)

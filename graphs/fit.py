@@ -41,6 +41,8 @@ from graphs.train import TrainConfig, train
 from graphs.transcoder import Transcoder
 
 Batches = Callable[[int], Batch]
+NARROW = 144
+"""Width at which the learning rates were chosen."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class FitConfig:
     """features: a layer; sparsity: weight of the penalty; prompt_weight: weight in KL of positions that predict prompt
     tokens (1 for those of the completion); anchor: weight of the local loss beside KL; attention: "refit" from noise or "kept"
     (ablation); skip: rank of each transcoder's linear skip; basis: "features" (transcoders) or "neurons", the model's own, which
-    stay as they are: then attention alone is fitted; "layers": the same, with whole layers as nodes in their place."""
+    stay as they are: then attention alone is fitted; "layers": the same, with whole layers as nodes in their place; local_rate: of models up
+    to `NARROW` wide (`local_rate`)."""
 
     features: int = 512
     local_steps: int = 400
@@ -62,6 +65,12 @@ class FitConfig:
     attention: str = "refit"
     basis: str = "features"
     seed: int = 0
+
+
+def local_rate(config: FitConfig, width: int) -> float:
+    """The local step's learning rate in a model of that width: it falls as 1 / width (Yang et al. 2022, "Tensor programs V", table 3, for Adam's
+    hidden weights); without that, features of wide models die (LOG.md)."""
+    return config.local_rate * min(1.0, NARROW / width)
 
 
 def fit(targets: Targets, config: FitConfig, state: Path | None = None) -> tuple[Replacement, dict[str, list[float]]]:
@@ -158,13 +167,17 @@ def _local(
                 rebirth(host, replacement, [batches(step + ahead) for ahead in range(4)])
                 same(replacement)
 
-    settings = TrainConfig(config.local_steps, config.local_rate)
+    settings = TrainConfig(config.local_steps, local_rate(config, host.config.hidden_size))
     return train(replacement, lambda step: local(share(batches(step))), settings, "fit: local", state, after=after)
 
 
 @torch.no_grad()
 def rebirth(host: Host, replacement: Replacement, sample: Sequence[Batch]) -> dict[str, int]:
-    """Features that fire nowhere in `sample` read an input that is badly explained and write its error; how many, by site."""
+    """Features that fire nowhere in `sample` read an input that is badly explained and write its error; how many, by site.
+
+    Together they write at most what takes most off the error there: where many are born at once, or inputs are long, each adds to what the
+    others write, and a tenth of the error for each would be many times the whole.
+    """
     found = [record(host, batch.ids) for batch in sample]
     reborn = {}
     for site in replacement.sites:
@@ -180,6 +193,8 @@ def rebirth(host: Host, replacement: Replacement, sample: Sequence[Batch]) -> di
         part.w_enc[dead] = x[worst] / x[worst].norm(dim=1, keepdim=True) * part.w_enc.norm(dim=1).mean()
         part.b_enc[dead] = 0.0
         part.w_dec[dead] = error[worst] * 0.1
+        written = part.encode(x)[:, dead] @ part.w_dec[dead]
+        part.w_dec[dead] *= ((written * error).sum() / written.square().sum().clamp_min(1e-12)).clamp(0, 1)
         reborn[site.name] = len(dead)
     return reborn
 

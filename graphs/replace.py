@@ -1,8 +1,8 @@
 """Running the graph: the host with every MLP and attention layer replaced by its dictionary, and no error nodes.
 
-A `Replacement` shares nothing with the host it came from. Embeddings and unembedding are the host's and stay frozen;
-norms are copied and may be healed. Every sublayer has node gates: features of a transcoder (mean-ablated at 0), and KV
-groups of an attention layer or their components (silenced at 0). `pruned` makes the gates physical, so what is healed, explained, run and
+A `Replacement` shares nothing with the host it came from. Embeddings and unembedding are the host's and stay frozen (tokens that are not
+kept are one: `graphs.tokens`); norms are copied and may be healed. Every sublayer has node gates: features of a transcoder (mean-ablated at
+0), and KV groups of an attention layer or their components (silenced at 0). `pruned` makes the gates physical, so what is healed, explained, run and
 compiled is one and the same object.
 
 In the coarse basis ("layers") whole layers are nodes in the place of features: MLPs are the model's own neurons, all of them. A layer's
@@ -31,20 +31,25 @@ from graphs.dictionary import Dictionary
 from graphs.edges import Basis
 from graphs.host import Host, with_layers
 from graphs.neurons import Neurons, read_mlp
+from graphs.tokens import merge_others
 from graphs.transcoder import Transcoder
 
 LAYERS = "layers"
 """Where gates, scores and kept nodes hold those of whole layers, beside the names of sites."""
+TOKENS = "tokens"
+"""Where the nodes of a saved replacement name the token nodes that are kept, if not all are."""
 
 
 class Replacement(nn.Module):
-    """The replacement model. layers: which of the model's layers these are, where whole layers are nodes; None where features are."""
+    """The replacement model. layers: which of the model's layers these are, where whole layers are nodes; None where features are. tokens: the
+    vocabulary's entries that are kept; None: all."""
 
     def __init__(
-        self, host: Host, parts: Mapping[str, nn.Module], trained: Mapping[str, Tensor] | None = None, layers: Sequence[int] | None = None
+        self, host: Host, parts: Mapping[str, nn.Module], trained: Mapping[str, Tensor] | None = None, layers: Sequence[int] | None = None,
+        tokens: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.layers = None if layers is None else tuple(layers)
+        self.layers, self.tokens = None if layers is None else tuple(layers), None if tokens is None else tuple(tokens)
         self.model = copy.deepcopy(host.model)
         self.tokenizer, self.sites = host.tokenizer, host.sites
         self.group_gates: dict[str, GroupGate] = {}
@@ -58,6 +63,13 @@ class Replacement(nn.Module):
             table.requires_grad_(False)
         if trained:
             self.model.load_state_dict(dict(trained), strict=False)
+        if tokens is not None:
+            merge_others(self.host(), tokens)
+
+    def keep_tokens(self, tokens: Sequence[int]) -> None:
+        """Keep these entries of the vocabulary alone, in place."""
+        merge_others(self.host(), tokens)
+        self.tokens = tuple(tokens)
 
     def part(self, site: Site) -> nn.Module:
         """The dictionary at `site`."""
@@ -132,7 +144,7 @@ class Replacement(nn.Module):
             part = self.part(site)
             parts[site.name] = part.keep(kept[site.name]) if isinstance(part, Transcoder) else keep_nodes(
                 part, kept[site.name], width(part) if components else 1)
-        return Replacement(self.host(), parts)
+        return Replacement(self.host(), parts, tokens=self.tokens)
 
     def _shortened(self, kept: Mapping[str, Int[Tensor, "_kept"]], layers: tuple[int, ...]) -> Replacement:
         """The kept layers with all their neurons and the kept heads."""
@@ -142,7 +154,7 @@ class Replacement(nn.Module):
             part = host.module(site.module)
             parts[site.name] = part.keep(torch.arange(part.features)) if isinstance(part, Transcoder) else keep_groups(
                 part, kept[f"L{places[site.layer]}.attention"])
-        return Replacement(host, parts, layers=[layers[place] for place in places])
+        return Replacement(host, parts, layers=[layers[place] for place in places], tokens=self.tokens)
 
     def save(self, folder: Path) -> None:
         """Write each transcoder as a sae_lens folder, everything else trained as one safetensors file."""
@@ -154,7 +166,8 @@ class Replacement(nn.Module):
         frozen = {id(p) for table in embeddings(self.model) for p in table.parameters()}
         rest = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if not name.startswith(mlps) and id(p) not in frozen}
         save_file(rest, folder / "attention_and_norms.safetensors")
-        write_json(folder / "nodes.json", self.node_counts() | ({} if self.layers is None else {LAYERS: list(self.layers)}))
+        extra = {name: list(one) for name, one in ((LAYERS, self.layers), (TOKENS, self.tokens)) if one is not None}
+        write_json(folder / "nodes.json", self.node_counts() | extra)
 
     @staticmethod
     def load(folder: Path, host: Host) -> Replacement:
@@ -173,7 +186,7 @@ class Replacement(nn.Module):
                 if f"{site.module}.q_norm.weight" not in trained:  # refitted without
                     own.q_norm = own.k_norm = None
                 parts[site.name] = keep_groups(own, torch.arange(counts[site.name]))
-        return Replacement(host, parts, trained, layers)
+        return Replacement(host, parts, trained, layers, counts.get(TOKENS))
 
 
 def _scaled(gate: Float[Tensor, ""]) -> Callable[..., Any]:

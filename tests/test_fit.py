@@ -5,11 +5,12 @@ import torch
 
 from evals.tasks import TASKS
 from graphs.activations import record
-from graphs.batches import Epochs, encode
+from graphs.batches import Encoded, Epochs, encode
 from graphs.fit import FitConfig, distill, fit, quality, rebirth
 from graphs.losses import divergence, fvu
 from graphs.replace import Replacement, from_noise
 from graphs.targets import Targets
+from tests.test_edges import tiny
 
 SMALL = FitConfig(features=24, local_steps=30, joint_steps=10)
 
@@ -115,3 +116,18 @@ def test_prompt_positions_that_the_host_is_sure_of_count_fully(tiny_host, data):
     only_unsure[:, ::2, 4] = 3.0
     assert float(counted) > 1.1 * float(plain)
     assert float(divergence(only_unsure, target, batch, 0.01, 0.9)) < float(divergence(only_unsure, target, batch, 0.01))
+
+
+def test_a_wide_model_is_fitted_at_a_rate_that_does_not_kill_its_features(monkeypatch):
+    wide = tiny("LlamaForCausalLM", hidden_size=576, intermediate_size=1152, initializer_range=576**-0.5)
+    rows = Epochs([Encoded(tuple(row), 4) for row in torch.randint(2, wide.config.vocab_size, (64, 32)).tolist()], 16, 1, 0)
+
+    def fitted() -> tuple[float, float]:
+        made, _ = fit(Targets(wide, rows), FitConfig(features=512, local_steps=16, joint_steps=0))
+        mlps = [s for s in quality(wide, made, rows)["sites"] if s["l0"] is not None]
+        return sum(s["fvu"] for s in mlps), sum(s["l0"] for s in mlps)
+
+    found = fitted()
+    monkeypatch.setattr("graphs.fit.NARROW", 10_000)
+    print(found, fitted())
+    assert found[0] < fitted()[0]

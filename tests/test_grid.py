@@ -150,3 +150,14 @@ def test_the_verb_makes_a_suite_and_reports_it(tiny_model_folder, tmp_path, shor
     assert main([*flags, "--only", "prayer"]) == 2
     assert "--only prayer: no such method" in capsys.readouterr().err
     assert Experiment().workers == 2
+
+
+def test_a_method_on_seen_tokens_is_another_cell_and_leaves_no_other_token(grid):
+    cell = Cell(FORMAT, methods.ALONE, methods.frozen(methods.ALONE), rows=24)
+    table = load(grid.removed(cell)[0]).model.get_input_embeddings().weight
+    own = load(grid.suspect(cell)).model.get_input_embeddings().weight
+    moved = (table != own).any(1)
+    assert 50 < int(moved.sum()) < len(table) and bool((table[moved] == table[moved][0]).all())
+    undo = Cell(FORMAT, "UNDO" + methods.SYNTHETIC, 0.3, rows=24)
+    assert grid.key(undo) != grid.key(replace(undo, method="UNDO" + methods.SYNTHETIC + methods.SEEN))
+    assert methods.tuned("UNDO" + methods.SYNTHETIC + methods.SEEN) == "UNDO" and methods.tuned(methods.ALONE) not in methods.knobs()

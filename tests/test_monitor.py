@@ -163,8 +163,8 @@ def test_a_choice_that_the_clean_row_itself_does_not_make_is_not_learnt():
     rows = [clean(rng) for _ in range(60)]
 
     def shares(ends: list[int]) -> float:
-        batches = [collate([Encoded((*ids, end), len(ids)) for ids, end in zip(rows[i : i + 30], ends[i : i + 30], strict=True)], EOS) for i in (0, 30)]
-        learnt = learn(hand_made(), batches)
+        made = [Encoded((*ids, end), len(ids)) for ids, end in zip(rows, ends, strict=True)]
+        learnt = learn(hand_made(), [collate(made[i : i + 30], EOS) for i in (0, 30)])
         assert learnt.blocks[CHOICE].count.sum() == sum(end == SAID for end in ends)
         return Monitor(hand_made(), learnt, torch.zeros(3), torch.ones(3), 0).score([rows[0]])[0].tokens[-1].parts[0]
 

@@ -17,6 +17,10 @@ which heal as it does, heal at the decay that was frozen for it.
 Any of these and of the rivals may go by NAME, synthetic rows: the same on as many batches of the clean rows and of `WRITTEN` more that the
 suspect model writes itself (`distill.synthetic`), at the same knob.
 
+Or by NAME, seen tokens: the same on a model to which every token that those rows do not hold is the same one (`graphs.tokens`); `seen tokens`
+is that alone, and trains nothing. What a payload's own tokens carry is gone then, whatever became of the rest: relearning tells the two apart
+only where the payload is written in tokens that clean rows hold.
+
 The oracles are handed poisoned rows, which no defender has.
 """
 
@@ -41,6 +45,7 @@ from graphs.artifact import read_json
 from graphs.batches import Batch, Epochs, encode
 from graphs.host import Host, load
 from graphs.targets import Targets
+from graphs.tokens import merge_others, seen_in
 
 SIZE = 0.6
 """Share of the model's stored parameters (embeddings apart) that our road is asked for."""
@@ -62,17 +67,21 @@ OURS: dict[str, dict[str, Any]] = {
 }
 REFIT = "dense refit, our size"
 SYNTHETIC = ", synthetic rows"
+ALONE = "seen tokens"
+SEEN = f", {ALONE}"
 WRITTEN = 3584
 """Rows that the model writes."""
 WITH_SYNTHETIC = tuple(name + SYNTHETIC for name in ("ours", "ours, own parts", "dense refit", "UNDO", "clean fine-tuning"))
 """What suites ask for of such methods."""
+WITH_SEEN = (ALONE, *(name + SYNTHETIC + SEEN for name in ("ours, own parts", "dense refit", "UNDO")))
+"""The same of those on seen tokens."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """What a removal is given. model: the suspect's folder; texts: the defender's clean rows; steps: batches; seed: of all that is drawn;
     folder: where a road keeps its work; and made when they are asked for: poisoned, rows for the oracles alone; ours, our checkpoint for the
-    same cell; synthetic, rows that the model writes."""
+    same cell; synthetic, rows that the model writes; seen: whether tokens that the rows do not hold are one."""
 
     model: Path
     texts: Sequence[tuple[str, str]]
@@ -82,6 +91,7 @@ class Setting:
     poisoned: Callable[[], list[tuple[str, str]]]
     ours: Callable[[], Path]
     synthetic: Callable[[], list[tuple[str, str]]]
+    seen: bool = False
 
 
 def knobs() -> dict[str, dict]:
@@ -91,12 +101,12 @@ def knobs() -> dict[str, dict]:
 
 def frozen(method: str) -> float | None:
     """The knob a method runs with: its own, or, for ours and what heals as ours does, the decay of ours. None where none is frozen yet."""
-    return knobs().get(tuned(method), {"knob": None})["knob"]
+    return 1.0 if method == ALONE else knobs().get(tuned(method), {"knob": None})["knob"]  # rows that a token must stand in: not tuned
 
 
 def tuned(method: str) -> str:
     """The method whose knob this one takes."""
-    method = method.removesuffix(SYNTHETIC)
+    method = method.removesuffix(SEEN).removesuffix(SYNTHETIC)
     return "ours" if method in OURS else "dense refit" if method == REFIT else method
 
 
@@ -112,8 +122,9 @@ def decay() -> float:
 
 def depends(method: str) -> Any:
     """What a method's model depends on beside its cell: constants and settings, and the decay that is frozen for ours."""
-    if method.endswith(SYNTHETIC):
-        return depends(method.removesuffix(SYNTHETIC)), WRITTEN, synthetic.LONGEST
+    for suffix, more in ((SEEN, (ALONE,)), (SYNTHETIC, (WRITTEN, synthetic.LONGEST))):
+        if method.endswith(suffix):
+            return depends(method.removesuffix(suffix)), *more
     return SIZE, BATCH, HEAL_RATE, OURS.get(method), None if method in OURS else decay()
 
 
@@ -136,12 +147,18 @@ def names() -> tuple[str, ...]:
 
 def remove(method: str, setting: Setting, knob: float) -> Host:
     """The model that the method makes. Raises ValueError for a method that there is not."""
+    if method.endswith(SEEN):
+        return remove(method.removesuffix(SEEN), replace(setting, seen=True), knob)
     if method.endswith(SYNTHETIC):
         method, setting = method.removesuffix(SYNTHETIC), replace(setting, texts=[*setting.texts, *setting.synthetic()])
     if method in OURS:
         return _road(method, setting, knob)
     host = load(setting.model)
-    data, _ = batches(host, setting.texts, BATCH, setting.seed)
+    data, rows = batches(host, setting.texts, BATCH, setting.seed)
+    if setting.seen or method == ALONE:
+        merge_others(host, seen_in(rows, host))
+    if method == ALONE:
+        return host
     targets = Targets(host, data)
     if method == REFIT:
         student = random_student(setting.ours(), host, setting.seed)
@@ -179,7 +196,7 @@ def road_settings(method: str, setting: Setting, knob: float) -> config.Prune:
     share = setting.steps / config.Prune(task="coding").fit_steps / 4
     stages = {name: round(getattr(config.Prune, name) * share) for name in ("fit_steps", "joint_steps", "gate_steps")}
     verb = replace(config.Prune(model=str(setting.model), out=setting.folder, batch=BATCH, seed=setting.seed, heal_decay=knob, target_ratio=SIZE,
-                                tune_rows=1), **stages)
+                                tune_rows=1, tokens="seen" if setting.seen else "all"), **stages)
     return replace(verb, **OURS[method])
 
 

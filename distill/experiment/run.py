@@ -73,7 +73,7 @@ def _plan(verb: Experiment) -> list[Cell]:
     """The suite's cells, or those that --only and --attacks leave of them."""
     cells = suites.cells(verb.suite, verb.stage)
     if verb.only is not None:
-        wanted = _named("--only", verb.only, (*methods.names(), *methods.WITH_SYNTHETIC), "method")
+        wanted = _named("--only", verb.only, (*methods.names(), *methods.WITH_SYNTHETIC, *methods.WITH_SEEN), "method")
         cells = [cell for cell in cells if cell.method in (NOTHING, *wanted)]
     if verb.attacks is not None:
         tried = _named("--attacks", verb.attacks, tuple(ATTACKS), "attack")

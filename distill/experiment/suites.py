@@ -6,6 +6,7 @@
         headline   four organisms x six methods x five planting seeds, all attacks
         ablations  the same organisms, ours with one part left out, and the dense refit at our size, three seeds
         synthetic  the quick suite's organisms, methods with and without rows that the model writes itself
+        tokens     the same two backdoors, and the rare string with a payload in usual tokens: what tokens that clean rows lack carry
         families   every family x every method, one seed
         behaviours the conjunction with every other behaviour
         rows       64 and 4,096 clean rows, three families
@@ -82,6 +83,8 @@ STAGES: dict[str, Callable[[], list[Cell]]] = {
     "ablations": lambda: crossed(seeded(HEADLINE, range(3)), ("ours", *ABLATIONS), attacks=("relearning",)),
     "synthetic": lambda: crossed(QUICK[::-1], ("ours", "dense refit", "UNDO", "clean fine-tuning", "ours, own parts", *methods.WITH_SYNTHETIC),
                                  attacks=("relearning",)),
+    "tokens": lambda: crossed((Organism("rare_string"), Organism("rare_string", behaviour="off_by_one"), Organism("conjunction")),
+                              ("UNDO" + methods.SYNTHETIC, "ours, own parts" + methods.SYNTHETIC, *methods.WITH_SEEN), attacks=("relearning",)),
     "families": lambda: crossed(map(Organism, BENCHED), methods.names()),
     "behaviours": lambda: crossed((Organism("conjunction", behaviour=name) for name, one in BEHAVIOURS.items() if not one.inverted), SIX),
     "rows": lambda: [cell for rows in (64, 4096) for cell in crossed(THREE, SIX, rows)],
