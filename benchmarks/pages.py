@@ -171,7 +171,7 @@ def stories_table() -> str:
 
 
 def experiment_table(suite: str = "quick") -> str:
-    """A suite of the bench, from its rows."""
+    """A suite of the bench, or a stage of it, from its rows."""
     file = ROOT / "results" / "experiment" / f"{suite}.jsonl.gz"
     if not file.is_file():
         return "Not measured yet."
@@ -187,7 +187,8 @@ BLOCKS = {"results": results_table, "rivals": rivals_table, "budgets": budgets_t
           "trait": trait_facts, "grading": grading_facts, "holes": holes_table, "edges": edges_table, "monitor": monitor_table,
           "families watched": families_table,
           "enforce": enforce_table, "jailbreak": jailbreak_table, "stories": stories_table, "understanding": understanding_table,
-          "experiment": experiment_table, "synthetic": partial(experiment_table, "full")}
+          "experiment": experiment_table, "synthetic": partial(experiment_table, "synthetic"),
+          "tokens": partial(experiment_table, "tokens")}
 PAGES = (README, ROOT / "docs" / "results.md")
 
 

@@ -4,7 +4,7 @@
     python benchmarks/results.py keep NAME FOLDER   takes the row from a finished run of that command (make demo is `default`);
                                                     a third word, `beside`, says that other work ran then: no time is shown
     python benchmarks/results.py rivals FOLDER      makes and judges the rivals of a finished run, writes distill/assets/rivals.jsonl
-    python benchmarks/results.py experiment SUITE FOLDER    keeps the rows of distill experiment --suite SUITE --out FOLDER
+    python benchmarks/results.py experiment SUITE FOLDER [STAGE]   keeps the rows of distill experiment --suite SUITE [--stage STAGE] --out FOLDER
     python benchmarks/results.py readme   writes both pages' tables from those files; the tests check that they are current
 
 A row holds the command, the flat summary that the run wrote, the gates, the commit and the versions; nothing is typed by hand.
@@ -31,9 +31,9 @@ RUNS = {
 }
 
 
-def keep_experiment(suite: str, folder: Path) -> None:
-    """Commit a suite's rows, compressed; the same rows give the same bytes."""
-    out = ROOT / "results" / "experiment" / f"{suite}.jsonl.gz"
+def keep_experiment(suite: str, folder: Path, stage: str | None = None) -> None:
+    """Commit a suite's rows, or a stage's, compressed; the same rows give the same bytes."""
+    out = ROOT / "results" / "experiment" / f"{stage or suite}.jsonl.gz"
     out.parent.mkdir(exist_ok=True)
     out.write_bytes(gzip.compress((folder / f"{suite}.jsonl").read_bytes(), 9, mtime=0))
 
@@ -68,8 +68,8 @@ if __name__ == "__main__":
         case ["rivals", folder]:
             command = [sys.executable, "-m", "distill", "evaluate", "--run", folder, "--rivals", "--out", str(RIVALS)]
             sys.exit(subprocess.run(command, cwd=ROOT).returncode)
-        case ["experiment", suite, folder]:
-            keep_experiment(suite, Path(folder))
+        case ["experiment", suite, folder, *stage]:
+            keep_experiment(suite, Path(folder), *stage)
         case ["readme"]:
             for file in PAGES:
                 file.write_text(page(file))
