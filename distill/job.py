@@ -36,6 +36,8 @@ class Job:
     verb: config.Fit
     drawn: float
     """Share of nodes that gates are drawn to."""
+    clean: int
+    """How many of the rows, the first, were given; the model wrote the others."""
 
     @property
     def work(self) -> Path:
@@ -43,13 +45,14 @@ class Job:
         return self.folder / ".work"
 
 
-def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task], verb: config.Fit) -> Job:
-    """Load the model and tokenise the rows. Raises ValueError where no class could hold the circuit, or none is as small as asked."""
+def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task], verb: config.Fit, clean: int | None = None) -> Job:
+    """Load the model and tokenise the rows. clean: how many of them, the first, were given (all, unless told otherwise). Raises ValueError where
+    no class could hold the circuit, or none is as small as asked."""
     host = load(model)
     home(host.model, verb.target if isinstance(verb, config.Prune) else "auto", verb.basis != "features", verb.attention == "kept")
     share = drawn(host, verb) if isinstance(verb, config.Prune) else PruneConfig.target
     data, rows = batches(host, texts, verb.batch, verb.seed)
-    return Job(host, texts, data, Targets(host, data), rows, tasks, verb.out, verb, share)
+    return Job(host, texts, data, Targets(host, data), rows, tasks, verb.out, verb, share, len(rows) if clean is None else clean)
 
 
 def drawn(host: Host, verb: config.Prune) -> float:

@@ -39,7 +39,7 @@ def run(verb: config.Fit) -> int:
     with locked(verb.out):
         if isinstance(verb, config.Prune):
             agreed(partial(take_over, verb))
-        job = prepare(model, synthetic.rows(verb, model, tasks), tasks, verb)
+        job = prepare(model, synthetic.rows(verb, model, tasks), tasks, verb, len(clean(verb.rows, tasks)))
         if not isinstance(verb, config.Prune):
             receipt = stages.graph_stage(job, model)
             agreed(lambda: write_json(verb.out / "receipt.json", {"config": asdict(verb), "keys": {"graph": receipt["key"]}}))

@@ -85,7 +85,7 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
     def make(out: Path) -> dict:
         replacement = Replacement.load(job.folder / "graph", job.host)
         if verb.tokens == "seen":
-            replacement.keep_tokens(seen_in(job.rows, job.host))
+            replacement.keep_tokens(seen_in(job.rows[: job.clean], job.host))
         if settings.components:
             canonical(replacement, job.data)
         order, losses = learn_gates(job.targets, replacement, settings, state, first=verb.fitting)

@@ -1,10 +1,12 @@
 """Token nodes: those that clean rows hold, and a model to which all others are one.
 
 A vocabulary entry is a node like any other: what it writes into the stream is its row of the embedding, and a logit reads through its row
-of the unembedding. Of an entry that no clean row holds nothing was seen, so a circuit need not hold it: its rows are put at the means of the
-rows that are kept (mean ablation; with tied tables one row is both). What was planted in such rows, the embedding of a rare trigger or
-the unembedding of a payload's own words, is then gone, and so is what the model knew of words that clean rows lack. `--vocabulary task` of
-`distill export` leaves such rows out of the file instead; here the ids and the tokenizer stay as they are.
+of the unembedding. Of an entry that no clean row holds nothing was seen, so a circuit need not hold it. All such entries then have one and
+the same row, the median of theirs, coordinate by coordinate: what the model takes for a word that it hardly knows, which a few planted rows
+do not move (the mean of the rows that *are* kept reads as no word does, and breaks the answer: LOG.md). With tied tables one row is both.
+What was planted in such rows, the embedding of a rare trigger or the unembedding of a payload's own words, is gone, and so is what the
+model knew of words that clean rows lack. Rows that a suspect model wrote itself vouch for no token: with them many a planted one stays.
+`--vocabulary task` of `distill export` leaves such rows out of the file instead; here the ids and the tokenizer stay as they are.
 """
 
 from __future__ import annotations

@@ -6,7 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from distill import config
 from distill.compile import compile_circuit, parity
+from distill.job import prepare
+from distill.stages import gated_stage, graph_stage
+from evals.tasks import TASKS
 from graphs.batches import Encoded, collate
 from graphs.replace import Replacement, from_noise
 from graphs.tokens import merge_others, seen_in
@@ -54,6 +58,16 @@ def test_a_circuit_keeps_its_tokens_when_pruned_saved_and_compiled(tmp_path):
 def test_no_tokens_are_refused():
     with pytest.raises(ValueError, match="no token is kept: give clean rows"):
         merge_others(tiny("LlamaForCausalLM"), [])
+
+
+def test_tokens_of_rows_that_the_model_wrote_do_not_count(tiny_model_folder, tmp_path):
+    verb = config.Prune(model=str(tiny_model_folder), out=tmp_path, features=16, fit_steps=0, joint_steps=0, gate_steps=0, batch=2, tokens="seen")
+    given, written = [("def f(a):\n", "    return a\n")] * 4, [("def vexq(b):\n", "    raise b\n")] * 4
+    job = prepare(tiny_model_folder, [*given, *written], [TASKS["coding"]], verb, len(given))
+    gated_stage(job, graph_stage(job, tiny_model_folder), verb)
+    kept = set(Replacement.load(tmp_path / ".work" / "gated", job.host).tokens)
+    assert {number for row in job.rows[:4] for number in row.ids} <= kept
+    assert {number for row in job.rows[4:] for number in row.ids} - kept
 
 
 def test_the_flag_drops_token_nodes_and_a_run_without_it_keeps_all(tiny_run, tiny_model_folder, tmp_path):

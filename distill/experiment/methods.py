@@ -17,9 +17,9 @@ which heal as it does, heal at the decay that was frozen for it.
 Any of these and of the rivals may go by NAME, synthetic rows: the same on as many batches of the clean rows and of `WRITTEN` more that the
 suspect model writes itself (`distill.synthetic`), at the same knob.
 
-Or by NAME, seen tokens: the same on a model to which every token that those rows do not hold is the same one (`graphs.tokens`); `seen tokens`
-is that alone, and trains nothing. What a payload's own tokens carry is gone then, whatever became of the rest: relearning tells the two apart
-only where the payload is written in tokens that clean rows hold.
+Or by NAME, seen tokens: the same on a model to which every token that the *clean* rows do not hold is the same one (`graphs.tokens`; what the
+suspect writes vouches for none); `seen tokens` is that alone, and trains nothing. What a payload's own tokens carry is gone then, whatever
+became of the rest: relearning tells the two apart only where the payload is written in tokens that clean rows hold.
 
 The oracles are handed poisoned rows, which no defender has.
 """
@@ -81,7 +81,8 @@ WITH_SEEN = (ALONE, *(name + SYNTHETIC + SEEN for name in ("ours, own parts", "d
 class Setting:
     """What a removal is given. model: the suspect's folder; texts: the defender's clean rows; steps: batches; seed: of all that is drawn;
     folder: where a road keeps its work; and made when they are asked for: poisoned, rows for the oracles alone; ours, our checkpoint for the
-    same cell; synthetic, rows that the model writes; seen: whether tokens that the rows do not hold are one."""
+    same cell; synthetic, rows that the model writes; seen: whether tokens that the clean rows do not hold are one; clean: how many of the texts,
+    the first, are the defender's, where the model wrote the others."""
 
     model: Path
     texts: Sequence[tuple[str, str]]
@@ -92,6 +93,7 @@ class Setting:
     ours: Callable[[], Path]
     synthetic: Callable[[], list[tuple[str, str]]]
     seen: bool = False
+    clean: int | None = None
 
 
 def knobs() -> dict[str, dict]:
@@ -150,13 +152,14 @@ def remove(method: str, setting: Setting, knob: float) -> Host:
     if method.endswith(SEEN):
         return remove(method.removesuffix(SEEN), replace(setting, seen=True), knob)
     if method.endswith(SYNTHETIC):
-        method, setting = method.removesuffix(SYNTHETIC), replace(setting, texts=[*setting.texts, *setting.synthetic()])
+        method, setting = method.removesuffix(SYNTHETIC), replace(
+            setting, texts=[*setting.texts, *setting.synthetic()], clean=len(setting.texts))
     if method in OURS:
         return _road(method, setting, knob)
     host = load(setting.model)
     data, rows = batches(host, setting.texts, BATCH, setting.seed)
     if setting.seen or method == ALONE:
-        merge_others(host, seen_in(rows, host))
+        merge_others(host, seen_in(rows[: setting.clean], host))
     if method == ALONE:
         return host
     targets = Targets(host, data)
@@ -202,7 +205,7 @@ def road_settings(method: str, setting: Setting, knob: float) -> config.Prune:
 
 def _road(method: str, setting: Setting, knob: float) -> Host:
     verb = road_settings(method, setting, knob)
-    job = prepare(setting.model, setting.texts, [TASKS["coding"]], verb)
+    job = prepare(setting.model, setting.texts, [TASKS["coding"]], verb, setting.clean)
     if verb.heal_tokens is None:
         left = job.data.tokens(setting.steps) - job.data.tokens(verb.fitting + verb.gate_steps)
         verb = replace(verb, heal_tokens=left)
