@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distill import config
@@ -20,6 +21,7 @@ from graphs.host import Host, load
 from graphs.prune import PruneConfig
 from graphs.replace import from_noise
 from graphs.targets import Targets
+from graphs.tokens import merge_others, seen_in
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Job:
     """How many of the rows, the first, were given; the model wrote the others."""
 
     @property
+    def tokens(self) -> list[int] | None:
+        """The token nodes that the circuit keeps, if not all: those of the rows that were given."""
+        return seen_in(self.rows[: self.clean], self.host) if isinstance(self.verb, config.Prune) and self.verb.tokens == "seen" else None
+
+    @property
     def work(self) -> Path:
         """Where states and intermediate stages live."""
         return self.folder / ".work"
@@ -52,7 +59,15 @@ def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task]
     home(host.model, verb.target if isinstance(verb, config.Prune) else "auto", verb.basis != "features", verb.attention == "kept")
     share = drawn(host, verb) if isinstance(verb, config.Prune) else PruneConfig.target
     data, rows = batches(host, texts, verb.batch, verb.seed)
-    return Job(host, texts, data, Targets(host, data), rows, tasks, verb.out, verb, share, len(rows) if clean is None else clean)
+    job = Job(host, texts, data, Targets(host, data), rows, tasks, verb.out, verb, share, len(rows) if clean is None else clean)
+    return replace(job, targets=Targets(without(host, job.tokens), data)) if job.tokens else job
+
+
+def without(host: Host, kept: Sequence[int]) -> Host:
+    """A copy of the model to which all tokens but the kept ones are one: what is trained towards where a circuit keeps no others."""
+    made = Host(copy.deepcopy(host.model), host.tokenizer, host.sites)
+    merge_others(made, kept)
+    return made
 
 
 def drawn(host: Host, verb: config.Prune) -> float:

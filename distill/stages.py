@@ -37,7 +37,6 @@ from graphs.mend import mend
 from graphs.processes import agreed
 from graphs.prune import learn_gates
 from graphs.replace import Replacement
-from graphs.tokens import seen_in
 from graphs.train import discard
 
 FOLLOWED = 128
@@ -69,7 +68,7 @@ def graph_stage(job: Job, model: Path) -> dict:
         return {"settings": asdict(settings), "losses": losses, "quality": quality(job.host, replacement, job.data),
                 "seconds": time.monotonic() - started}
 
-    key = digest(model, job.texts, settings, job.verb.batch, *[mended] * bool(mended))
+    key = digest(model, job.texts, settings, job.verb.batch, *[mended] * bool(mended), *([] if job.tokens is None else [job.tokens]))
     state = job.work / f"fit-{key}"
     receipt, cached = stage(job.folder / "graph", key, make)
     discard(state)
@@ -84,8 +83,8 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
 
     def make(out: Path) -> dict:
         replacement = Replacement.load(job.folder / "graph", job.host)
-        if verb.tokens == "seen":
-            replacement.keep_tokens(seen_in(job.rows[: job.clean], job.host))
+        if job.tokens is not None:
+            replacement.keep_tokens(job.tokens)
         if settings.components:
             canonical(replacement, job.data)
         order, losses = learn_gates(job.targets, replacement, settings, state, first=verb.fitting)
@@ -95,7 +94,7 @@ def gated_stage(job: Job, graph: dict, verb: config.Prune) -> dict:
         return {"settings": asdict(settings), "losses": losses, "tokens": replacement.tokens and len(replacement.tokens),
                 "seconds": time.monotonic() - started}
 
-    key = digest(graph["key"], settings, *["seen tokens"] * (verb.tokens == "seen"))
+    key = digest(graph["key"], settings)
     state = job.work / f"gates-{key}"
     receipt, cached = stage(job.work / "gated", key, make)
     discard(state)
