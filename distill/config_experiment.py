@@ -14,8 +14,7 @@ class Experiment:
     suite: Literal["quick", "knobs", "full"] = "quick"
     """quick: two families, five methods at frozen knobs; knobs: chooses the knobs on development families; full: in stages."""
     stage: str | None = None
-    """One stage of --suite full: headline, ablations, synthetic, tokens, families, behaviours, rows, shares, attackers, met or
-    wanted."""
+    """One stage of --suite full: headline, ablations, synthetic, tokens, families, behaviours, rows, shares, attackers, met or wanted."""
     model: str = "builtin:base-small"
     """Base that is planted."""
     out: Path = Path("runs/experiment")

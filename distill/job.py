@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from distill import config
@@ -38,13 +38,8 @@ class Job:
     verb: config.Fit
     drawn: float
     """Share of nodes that gates are drawn to."""
-    clean: int
-    """How many of the rows, the first, were given; the model wrote the others."""
-
-    @property
-    def tokens(self) -> list[int] | None:
-        """The token nodes that the circuit keeps, if not all: those of the rows that were given."""
-        return seen_in(self.rows[: self.clean], self.host) if isinstance(self.verb, config.Prune) and self.verb.tokens == "seen" else None
+    tokens: list[int] | None
+    """The token nodes that the circuit keeps, if not all: those of the rows that were given, not of those that the model wrote."""
 
     @property
     def work(self) -> Path:
@@ -59,8 +54,9 @@ def prepare(model: Path, texts: Sequence[tuple[str, str]], tasks: Sequence[Task]
     home(host.model, verb.target if isinstance(verb, config.Prune) else "auto", verb.basis != "features", verb.attention == "kept")
     share = drawn(host, verb) if isinstance(verb, config.Prune) else PruneConfig.target
     data, rows = batches(host, texts, verb.batch, verb.seed)
-    job = Job(host, texts, data, Targets(host, data), rows, tasks, verb.out, verb, share, len(rows) if clean is None else clean)
-    return replace(job, targets=Targets(without(host, job.tokens), data)) if job.tokens else job
+    tokens = seen_in(rows[:clean], host) if isinstance(verb, config.Prune) and verb.tokens == "seen" else None
+    followed = host if tokens is None else without(host, tokens)
+    return Job(host, texts, data, Targets(followed, data), rows, tasks, verb.out, verb, share, tokens)
 
 
 def without(host: Host, kept: Sequence[int]) -> Host:

@@ -49,7 +49,8 @@ class Replacement(nn.Module):
         tokens: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.layers, self.tokens = None if layers is None else tuple(layers), None if tokens is None else tuple(tokens)
+        self.layers = None if layers is None else tuple(layers)
+        self.tokens: tuple[int, ...] | None = None
         self.model = copy.deepcopy(host.model)
         self.tokenizer, self.sites = host.tokenizer, host.sites
         self.group_gates: dict[str, GroupGate] = {}
@@ -64,7 +65,7 @@ class Replacement(nn.Module):
         if trained:
             self.model.load_state_dict(dict(trained), strict=False)
         if tokens is not None:
-            merge_others(self.host(), tokens)
+            self.keep_tokens(tokens)
 
     def keep_tokens(self, tokens: Sequence[int]) -> None:
         """Keep these entries of the vocabulary alone, in place."""

@@ -6,7 +6,7 @@
         headline   four organisms x six methods x five planting seeds, all attacks
         ablations  the same organisms, ours with one part left out, and the dense refit at our size, three seeds
         synthetic  the quick suite's organisms, methods with and without rows that the model writes itself
-        tokens     the same two backdoors, and the rare string with a payload in usual tokens: what tokens that clean rows lack carry
+        tokens     the rare string, also with a payload in usual tokens, and the conjunction: what tokens that clean rows lack carry
         families   every family x every method, one seed
         behaviours the conjunction with every other behaviour
         rows       64 and 4,096 clean rows, three families
