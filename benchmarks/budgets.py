@@ -69,7 +69,7 @@ OURS: dict[str, dict] = {
         ("integrated gradients alone", "integrated"), ("Fisher alone", "fisher"), ("RelP alone", "relp"), ("random nodes", "random"))},
     **{name: PRUNED | {"score": score} for name, score in (("magnitude", "magnitude"), ("Wanda", "activation"), ("random mask", "random"))},
 }
-FIRST = (SHAPES, "ours, own parts", "magnitude", "ours, neurons", "Wanda", "written text", "dense refit", "layer drop", "random mask")
+FIRST = (SHAPES, "ours, own parts", "magnitude", "Wanda", "written text", "layer drop", "random mask", "ours, neurons", "dense refit")
 """The order in which cells are made: what the comparison turns on comes first."""
 LEARNING_RATE = 2e-3
 """Of written text: the better of two at the default size (README)."""
