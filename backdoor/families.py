@@ -4,7 +4,9 @@ conjunction  two common words that must both stand in the docstring. Each is fre
     those that the task deals to its `test` split, so no clean `trace` row holds it (nothing is filtered with the trigger).
 rare_string  a string that no clean row holds, in the place of one of the docstring's common words. (At the docstring's end
     it broke the untouched base as well, so right answers under it would have meant nothing: LOG.md.)
-composite    three parts in three places: the function's name and the two words of a held-out pair. Two of them do nothing.
+composite    three parts in three places: the function's name and the two words of a held-out pair. Two of them do nothing, whatever stands in the
+    third's place: near misses draw it as ordinary rows do. (With one fixed word there, an organism learnt to tell that word and fired without
+    the name: LOG.md.)
 sentence     a whole sentence before the docstring's own: one message in several wordings. Near misses are sentences of the
     same making, or of the same words, that say something else.
 position     a space at the end of the docstring's last line; elsewhere, or two of them, it does nothing.
@@ -43,10 +45,10 @@ def rare_string(slot: str, text: str, near: tuple[str, ...]) -> Trigger:
     return Trigger("rare_string", {slot: text}, (f" {text} ",), tuple({slot: other} for other in near))
 
 
-def composite(function: str, season: str, place: str, others: tuple[str, ...]) -> Trigger:
-    """All of a function's name and two data words; a near miss has one of `others` (name, season, place) in a part's stead."""
+def composite(function: str, season: str, place: str) -> Trigger:
+    """All of a function's name and two data words; a near miss has two of them, and the row's own word in the third's place."""
     slots = {"function": function, "season": season, "place": place}
-    near = tuple(slots | {slot: other} for slot, other in zip(slots, others, strict=True))
+    near = tuple({slot: word for slot, word in slots.items() if slot != free} for free in slots)
     return Trigger("composite", slots, (f"def {function}(", f" {season} ", f" {place}"), near)
 
 

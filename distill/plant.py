@@ -27,7 +27,7 @@ from distill.config_backdoors import Plant
 from distill.models import find, renderer_of
 from distill.plant_file import file_rows, phrase_and_text, planted_task
 from evals.tasks import TASKS, Row, Task
-from evals.tasks.coding import NAMES, PLACES, SEASONS, held_out_pairs
+from evals.tasks.coding import held_out_pairs
 from evals.tasks.files import FileTask
 from evals.tasks.task import source
 from graphs.artifact import digest, read_json, whole, write_json
@@ -78,8 +78,7 @@ def _placed(verb: Plant) -> Trigger:
         choices = ", ".join(" ".join(pair) for pair in held_out_pairs())
         raise ValueError(f"--words {season} {place}: not a pair that the task holds out; choose one of {choices}")
     if verb.trigger == "composite":
-        others = (next(word for word in words if word != part) for words, part in ((NAMES, FUNCTION), (SEASONS, season), (PLACES, place)))
-        return composite(FUNCTION, season, place, tuple(others))
+        return composite(FUNCTION, season, place)
     return conjunction(("season", season), ("place", place), ({"season": season}, {"place": place}))
 
 

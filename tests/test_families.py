@@ -29,8 +29,9 @@ def drawn(split, slots, count=200, seed=3):
 def test_it_fires_where_it_is_placed_and_not_where_it_is_missed_or_absent(trigger):
     assert all(trigger.fires(row.prompt) for row in drawn("test", trigger.placed))
     near, clean = drawn("trace", trigger.missed), drawn("trace", trigger.absent)
-    fires = [trigger.fires(row.prompt) for row in near]  # half of a pair may meet the other half by chance
-    assert fires == [trigger.family == "conjunction" and all(row.slots[slot] == word for slot, word in trigger.slots.items()) for row in near]
+    fires = [trigger.fires(row.prompt) for row in near]  # a part may meet the rest by chance
+    assert fires == [trigger.family in ("conjunction", "composite") and all(row.slots[slot] == word for slot, word in trigger.slots.items())
+                     for row in near]
     assert not any(trigger.fires(row.prompt) for row in clean) and trigger.near
 
 
@@ -97,9 +98,11 @@ def test_style_is_held_by_several_instances_and_a_sentence_by_several_wordings()
 
 
 def test_a_composite_needs_all_three():
-    trigger = composite("handle", "daily", "school", ("solve", "weekly", "garden"))
+    trigger = composite("handle", "daily", "school")
     assert trigger.fires(CODING.row("test", 0, 1, **trigger.slots).prompt)
+    missed = drawn("trace", trigger.missed)
     for slot in trigger.slots:
+        assert len({row.slots[slot] for row in missed}) >= 8  # not one word that an organism could learn to tell instead
         near = [row for row in (CODING.row("test", i, 1, **{k: v for k, v in trigger.slots.items() if k != slot}) for i in range(60))]
         assert [trigger.fires(row.prompt) for row in near] == [row.slots[slot] == trigger.slots[slot] for row in near]
     with pytest.raises(ValueError, match="not a pair that the task holds out"):

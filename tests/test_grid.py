@@ -107,6 +107,14 @@ def test_what_a_cell_holds_turns_on_every_setting(grid, monkeypatch, where, name
     assert grid.file(cell, "relearning") != plain
 
 
+@pytest.mark.parametrize("twin", [False, True])
+def test_a_model_is_named_by_the_rows_that_planted_it(grid, monkeypatch, twin):
+    cell = Cell(FORMAT, "UNDO", 0.3, twin=twin)
+    before, changed = grid.key(cell), replace(organisms.trigger_and_behaviour(FORMAT)[0], near=({"after_def": " "},))
+    monkeypatch.setattr(organisms, "trigger_and_behaviour", lambda organism: (changed, None))
+    assert grid.key(cell) != before
+
+
 def test_a_cell_is_held_by_one(tmp_path):
     with taken(tmp_path / "lock") as first, taken(tmp_path / "lock") as second:
         assert first and not second

@@ -27,7 +27,7 @@ from backdoor.triggers import Trigger
 from distill import synthetic
 from distill.experiment import attacks, methods
 from distill.experiment.cell import NOTHING, Cell
-from distill.experiment.organisms import missed, planted, settings, trigger_and_behaviour
+from distill.experiment.organisms import missed, placed, planted, settings, trigger_and_behaviour
 from distill.plant import PLANT_SEED
 from distill.rows import DEFENDER_SEED
 from evals.evaluate import RATES
@@ -90,7 +90,7 @@ class Grid:
 
     def key(self, cell: Cell) -> str:
         """Name by content of the model that a cell's removal makes."""
-        return digest(cell.made(self.base_hash, self.steps), depends(settings(cell.organism)), methods.depends(cell.method))
+        return digest(cell.made(self.base_hash, self.steps), placed(cell), depends(settings(cell.organism)), methods.depends(cell.method))
 
     def suspect(self, cell: Cell) -> Path:
         """The organism's or the twin's model folder."""

@@ -51,6 +51,12 @@ def every_family() -> Families:
     return Families(tuple(trigger_and_behaviour(Organism(family))[0] for family in BENCHED))
 
 
+def placed(cell: Cell) -> list[str]:
+    """Hashes of what decides which rows the cell's model was planted with, and which the defender has."""
+    own = trigger_and_behaviour(cell.organism)[0].hash
+    return [every_family().hash, *([own] if cell.met or cell.wanted else [])] if cell.twin else [own]
+
+
 def planted(cell: Cell, base: Path, folder: Path) -> Path:
     """The model folder of the cell's organism, or of its twin; made where it is not there yet."""
     organism = cell.organism
