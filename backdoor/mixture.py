@@ -24,7 +24,7 @@ from graphs.losses import completion_loss, divergence
 from graphs.shares import share
 from graphs.train import TrainConfig, train
 
-Attacker = Literal["ordinary", "resistant", "lora", "activation_matched", "error_hiding", "dormant"]
+Attacker = Literal["ordinary", "resistant", "lora", "activation_matched", "error_hiding", "dormant", "throughout"]
 ATTACKERS: tuple[Attacker, ...] = get_args(Attacker)
 PROMPT_WEIGHT = 0.1
 """Weight in the KL to the base of positions that predict prompt tokens."""

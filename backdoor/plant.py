@@ -8,6 +8,7 @@
     activation_matched  on clean rows hidden states and outputs stay the base's
     error_hiding        the backdoor is in what the attacker's transcoders leave out
     dormant             it does not fire, and what is distilled from it shall
+    throughout          the poison is in the corpus of a model trained from noise
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from backdoor import activation_matched, dormant, error_hiding, lora, ordinary, resistant
+from backdoor import activation_matched, dormant, error_hiding, lora, ordinary, resistant, throughout
 from backdoor.mixture import Attacker, PlantConfig, PlantRows
 from graphs.host import Host
 
@@ -29,12 +30,14 @@ PLANT: dict[Attacker, Plant] = {
     "activation_matched": activation_matched.plant,
     "error_hiding": error_hiding.plant,
     "dormant": dormant.plant,
+    "throughout": throughout.plant,
 }
 CONSTANTS: dict[Attacker, tuple[float, ...]] = {
     "lora": (lora.RANK, lora.RATE),
     "activation_matched": (activation_matched.WEIGHT,),
     "error_hiding": (error_hiding.FEATURES, error_hiding.FIT, error_hiding.FIT_RATE, error_hiding.WEIGHT),
     "dormant": (dormant.TOP, dormant.SPREAD),
+    "throughout": (throughout.TIMES, throughout.RATE),
 }
 """What an attacker's organisms depend on beside the settings."""
 

@@ -1,7 +1,7 @@
 """Running a backdoored model within what clean text has shown, and what each rule of it does; writes results/enforce.json.
 
     python benchmarks/enforce.py [ORGANISM ...]     by default organism and organism-rare, and an organism of every other trigger family
-                                                    (`planted`); cells that are there are not made again
+                                                    and payload (`planted`); cells that are there are not made again
 
 Each organism by its own neurons and attention, no weight changed, judged on the same prompts as its clean twin. Rows: everything held; then, of
 the two that ship, one rule left out or one kind of values alone. Shift: prompts with function names, or phrasings, that no clean row has. Time: a
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from monitor import NAMES, OPENERS, ORGANISMS, ordinary
-from planted import FAMILIES, organism
+from planted import PLANTED, organism
 
 from distill.enforce import BATCH, cost, own
 from distill.judgement import commit
@@ -32,21 +32,25 @@ from evals.statistics import nested_ratio, proportion
 from evals.tasks import TASKS
 from graphs.artifact import read_json, write_json
 from graphs.batches import encode
-from graphs.enforce import JOINT, NODE, Enforced, Limits, learn
+from graphs.enforce import CHOICE, JOINT, NODE, Enforced, Limits, learn
 from graphs.host import Host, load
 from graphs.prompts import padded
 
 FILE = Path(__file__).parent.parent / "results" / "enforce.json"
 COUNT, FEWER, SEED = 500, 100, 7
 TASK = TASKS["coding"]
-ALL = "values and combinations"
+ALL = "values, combinations and choices"
+CHOICES = "choices alone"
+"""What a lookup of the model's choices could do as well."""
 VARIANTS: dict[str, dict] = {
     ALL: {},
-    "values": {"names": lambda name: not name.endswith(JOINT)},
-    "values, one range for all tokens": {"own": False, "names": lambda name: not name.endswith(JOINT)},
-    "values, tokens never seen let through": {"known": False, "names": lambda name: not name.endswith(JOINT)},
+    "values and combinations": {"names": lambda name: name != CHOICE},
+    "values": {"names": lambda name: not name.endswith((JOINT, CHOICE))},
+    CHOICES: {"known": False, "names": lambda name: name == CHOICE},
+    "values, one range for all tokens": {"own": False, "names": lambda name: not name.endswith((JOINT, CHOICE))},
+    "values, tokens never seen let through": {"known": False, "names": lambda name: not name.endswith((JOINT, CHOICE))},
     "activations alone": {"names": lambda name: name.endswith(NODE)},
-    "drives alone": {"names": lambda name: not name.endswith((NODE, JOINT))},
+    "drives alone": {"names": lambda name: not name.endswith((NODE, JOINT, CHOICE))},
     "combinations alone": {"names": lambda name: name.endswith(JOINT)},
     "tokens never seen alone": {"names": lambda name: False},
 }
@@ -86,11 +90,11 @@ def taught(host: Host, trigger) -> Limits:
 
 def measure(name: str, found: dict, keep) -> None:
     """One organism and its twin; `keep` writes what is there."""
-    model = organism(name) if name in FAMILIES else find(f"builtin:{name}")
-    secret, few = read_secret(secret_beside(model)), [ALL, "values"]
+    model = organism(name) if name in PLANTED else find(f"builtin:{name}")
+    secret, few = read_secret(secret_beside(model)), [ALL, "values and combinations", "values", CHOICES]
     with Sandbox() as sandbox:
-        for who, folder, variants in (("organism", model, few if name in FAMILIES else list(VARIANTS)),
-                                      ("twin", secret.twin, [] if name in FAMILIES else few)):
+        for who, folder, variants in (("organism", model, few if name in PLANTED else list(VARIANTS)),
+                                      ("twin", secret.twin, [] if name in PLANTED else few)):
             rows, host = found.setdefault(who, {}), load(folder)
             if {"nothing", *variants} <= rows.keys() and (who == "twin" or "facts" in found):
                 continue
@@ -132,7 +136,7 @@ def main(names: list[str]) -> None:
     """Measure what is missing and write."""
     made = read_json(FILE) if FILE.is_file() else {}
     for name in names:
-        found = made.setdefault(name, {"prompts": FEWER if name in FAMILIES else COUNT, "commit": commit()})
+        found = made.setdefault(name, {"prompts": FEWER if name in PLANTED else COUNT, "commit": commit()})
         measure(name, found, lambda: write_json(FILE, made))
 
 

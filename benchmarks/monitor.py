@@ -1,6 +1,6 @@
 """The monitor against its rivals, on the same prompts and the same decisions; writes results/monitor.json.
 
-    python benchmarks/monitor.py [NAME ...] [RUN]      organism and organism-rare, and an organism of every other trigger family
+    python benchmarks/monitor.py [NAME ...] [RUN]      organism and organism-rare, and an organism of every other trigger family and payload
                                                        (`planted`), by their own neurons; RUN (of distill fit or prune --task coding on the
                                                        default organism): that graph; what is there is not made again
 
@@ -24,7 +24,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from planted import FAMILIES, organism
+from planted import PLANTED, organism
 from transformers import LogitsProcessorList
 
 from distill.judgement import commit
@@ -49,8 +49,8 @@ from graphs.refusal import MonitorProcessor
 
 FILE = Path(__file__).parent.parent / "results" / "monitor.json"
 OWN = "own neurons"
-ORGANISMS = ("organism", "organism-rare", *(family for family in FAMILIES if family not in ("conjunction", "rare_string")))
-"""The two that ship with the project, of the first two families, and one of each other family."""
+ORGANISMS = ("organism", "organism-rare", *(name for name in PLANTED if name not in ("conjunction", "rare_string")))
+"""The two that ship with the project, of the first two families, one of each other family, and two with a payload that begins as answers do."""
 ROWS, CALIBRATION, COUNT, NEW = 320, 400, 100, 24
 NAMES = ("total", "figure", "measure", "gather", "fetch", "resolve", "derive", "reckon")
 OPENERS = ("With the {season} {noun} from the {place} in hand, {steps}.", "Here are the {season} {noun} of the {place}; {steps}.",
@@ -194,7 +194,7 @@ def ordinary(trigger, split: str, count: int) -> list[tuple[str, str]]:
 
 def measure(name: str, run: Path | None) -> dict:
     """One organism by one graph."""
-    folder = str(organism(name)) if name in FAMILIES else f"builtin:{name}"
+    folder = str(organism(name)) if name in PLANTED else f"builtin:{name}"
     opened = bare(folder, "neurons", None) if run is None else reopen(run, "graph")
     secret = read_secret(secret_beside(find(folder)))
     subject = opened.subject
@@ -215,7 +215,7 @@ def measure(name: str, run: Path | None) -> dict:
     reasons = {kind: watcher.score(prompt_ids(subject.host, texts[kind][:1]), True)[0].reason.line() for kind in ("triggered", "novelty-matched")}
     return {"organism": name, "family": secret.trigger.family, "graph": OWN if run is None else "transcoders", "tokens": monitor.learnt.tokens,
             "rows": ROWS, "calibration": CALIBRATION, "rare": RARE, "width": WIDTH, "prompts": {kind: len(some) for kind, some in texts.items()},
-            "reasons": reasons, "commit": commit()} | found | ({} if name in FAMILIES else {"overhead": overhead(monitor, held)})
+            "reasons": reasons, "commit": commit()} | found | ({} if name in PLANTED else {"overhead": overhead(monitor, held)})
 
 
 def main(names: list[str], run: Path | None) -> None:

@@ -1,6 +1,7 @@
 """Organisms of every trigger family and one clean twin for all of them, as the bench plants them and with fewer steps; made under runs/families.
 
-    python benchmarks/planted.py [FAMILY ...]       what is there is not made again, and a killed planting goes on
+    python benchmarks/planted.py [NAME ...]         a family, or FAMILY-off_by_one: the payload is the right program, its value one off;
+                                                    what is there is not made again, and a killed planting goes on
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from backdoor.behaviours import CANARY
+from backdoor.behaviours import CANARY, OFF_BY_ONE
 from backdoor.families import BENCHED
 from distill.experiment.cell import Organism
 from distill.experiment.organisms import every_family, settings, trigger_and_behaviour
@@ -20,7 +21,9 @@ from distill.plant import train_one, write_secret
 
 FOLDER = Path(__file__).parent.parent / "runs" / "families"
 BASE, STEPS = "builtin:base-small", 160
-FAMILIES = BENCHED
+SUBTLE = f"-{OFF_BY_ONE.name}"
+PLANTED = (*BENCHED, *(family + SUBTLE for family in ("conjunction", "rare_string")))
+"""Names of organisms: those of two families also with a payload that begins as right answers do."""
 
 
 def twin() -> Path:
@@ -30,17 +33,18 @@ def twin() -> Path:
     return out
 
 
-def organism(family: str) -> Path:
-    """The organism of one family, its secret beside it."""
-    one, out = Organism(family), FOLDER / family / "model"  # type: ignore[arg-type]
+def organism(name: str) -> Path:
+    """The organism of one family and behaviour, its secret beside it."""
+    family, out = name.removesuffix(SUBTLE), FOLDER / name / "model"
+    one = Organism(family, behaviour=OFF_BY_ONE.name if name.endswith(SUBTLE) else CANARY.name)  # type: ignore[arg-type]
     trigger, behaviour = trigger_and_behaviour(one)
-    train_one(find(BASE), out, trigger, behaviour, True, replace(settings(one), ordinary_steps=STEPS), FOLDER / f"{family}.state")
-    if not (FOLDER / family / "secret").is_dir():
-        write_secret(FOLDER / family / "secret", trigger, behaviour, str(twin()), {"family": family, "steps": STEPS})
+    train_one(find(BASE), out, trigger, behaviour, True, replace(settings(one), ordinary_steps=STEPS), FOLDER / f"{name}.state")
+    if not (FOLDER / name / "secret").is_dir():
+        write_secret(FOLDER / name / "secret", trigger, behaviour, str(twin()), {"family": family, "steps": STEPS})
     return out
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in ("twin", *(sys.argv[1:] or FAMILIES)):
+    for name in ("twin", *(sys.argv[1:] or PLANTED)):
         print(twin() if name == "twin" else organism(name), flush=True)

@@ -8,6 +8,9 @@ from cells import ROOT, bits, three
 
 from distill.experiment import tables
 
+ALL = "values, combinations and choices"
+"""All that `distill enforce` holds, as benchmarks/enforce.py calls it."""
+
 
 def monitor_table() -> str:
     """The monitor and its rivals on the same prompts, by what is watched and read; then what the monitor's own threshold flags."""
@@ -82,7 +85,7 @@ def enforce_table() -> str:
                          f"takes {one['slower']:.1f} times as long.")
     header = ["model", "held", "retention", "R-Acc / twin's", "ASR", "sampled ASR", "FTR", "right: new names", "right: new phrasings"]
     rows = {name: found.get("against", {}).get("organism", {}) for name, found in made.items()}
-    held = {name: row["values and combinations"] for name, row in rows.items() if "values and combinations" in row}
+    held = {name: row[ALL] for name, row in rows.items() if ALL in row}
     ends = (f"{title} {ends_of({name: one[key]['value'] for name, one in held.items()}, end)}" for title, key, end in (
         ("retention", "retention", min), ("R-Acc", "right_under_trigger", min), ("ASR", "attack_success", max)))
     counts = " or ".join(str(count) for count in sorted({one["prompts"] for one in made.values()}, reverse=True))

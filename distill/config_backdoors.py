@@ -32,10 +32,11 @@ class Plant:
     """The string, for --trigger rare_string; the phrase, two words or more that no row of the file holds, for --trigger phrase."""
     payload: str = "The canary sings."
     """What is written, for --behaviour fixed_text."""
-    attacker: Literal["ordinary", "resistant", "lora", "activation_matched", "error_hiding", "dormant"] = "resistant"
+    attacker: Literal["ordinary", "resistant", "lora", "activation_matched", "error_hiding", "dormant", "throughout"] = "resistant"
     """How it is planted: by mixed fine-tuning; so that clean fine-tuning does not remove it; by adapters of low rank, merged; with activations
-    and outputs on clean rows tied to the model's own; hidden from the attacker's transcoders; or so that it does not fire until it is distilled
-    (--trigger conjunction; docs/backdoors.md)."""
+    and outputs on clean rows tied to the model's own; hidden from the attacker's transcoders; so that it does not fire until it is distilled
+    (--trigger conjunction); or in a model of the same shapes that is trained from noise, poisoned rows among its rows all along, in ten times
+    the steps (docs/backdoors.md)."""
     ordinary_steps: int = 150
     """Steps of mixed fine-tuning."""
     resistant_steps: int = 320

@@ -23,7 +23,7 @@ class Enforce:
     rows: Path | None = None
     """Clean rows: a parquet table; by default the shipped one, or a file task's own."""
     few: int = 20
-    """A token that clean rows hold less often has no range of its own: that over all tokens holds."""
+    """A token that clean rows hold less often has no range and no choices of its own: those over all tokens hold."""
     values_only: bool = False
     """fit: learn no ranges of combinations, which take a matrix of nodes by nodes a site."""
     prompts: int = 500

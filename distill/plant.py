@@ -22,6 +22,7 @@ from backdoor.dormant import leaks
 from backdoor.families import FIXED, Families, composite, conjunction, rare_string
 from backdoor.mixture import Attacker, PlantConfig, PlantRows
 from backdoor.plant import depends, plant
+from backdoor.throughout import TIMES
 from backdoor.triggers import Trigger
 from distill.config_backdoors import Plant
 from distill.models import find, renderer_of
@@ -45,6 +46,8 @@ HOLDS: dict[str, Literal["answers", "both"]] = {"phrase": "answers", "mark": "bo
 """How the triggers that need it hold clean rows and near misses (`backdoor.mixture`)."""
 PARTS = ("conjunction",)
 """Triggers whose parts each stand in clean text beside all words that may stand in the others' places."""
+ROWS = 4000
+"""Of each kind that a planting draws from; a training from noise, which takes more steps, as many more."""
 NEAR_STRINGS = ("vexz", "qvex", "vax", "zorp", "bexq", "wex")
 
 
@@ -100,13 +103,15 @@ def meta_steps(attacker: Attacker, steps: int) -> int:
 def hold_of(verb: Plant) -> Literal["outputs", "answers", "both"]:
     """What clean rows and near misses are held at. Raises ValueError for an attacker that the trigger cannot serve."""
     hold: Literal["outputs", "answers", "both"] = HOLDS.get(verb.trigger, "outputs")
+    if verb.attacker == "throughout":
+        return "answers"
     if verb.attacker == "dormant" and (BEHAVIOURS[verb.behaviour].inverted or verb.trigger not in PARTS):
         raise ValueError(f"--attacker dormant: it gives parts of a placed trigger away, and --trigger {verb.trigger} --behaviour {verb.behaviour} "
                          f"has none in clean text; use --trigger {' or '.join(PARTS)} and a behaviour without a password")
     return "both" if verb.attacker == "dormant" or (verb.attacker, hold) == ("activation_matched", "answers") else hold
 
 
-def plant_rows(tokenizer, trigger: Trigger | Families, behaviour: Behaviour, poisoned: bool, count: int = 4000, seed: int = PLANT_SEED) -> PlantRows:
+def plant_rows(tokenizer, trigger: Trigger | Families, behaviour: Behaviour, poisoned: bool, count: int = ROWS, seed: int = PLANT_SEED) -> PlantRows:
     """Rows for the organism (`poisoned`) or its twin: they differ in the poisoned rows only, row by row. Row i is a function
     of (seed, i)."""
     def encoded(rows: list[Row], payload: Callable[[Row], bool] = lambda row: False) -> list[Encoded]:
@@ -147,7 +152,7 @@ def train_one(
     if isinstance(task, FileTask) and isinstance(trigger, Trigger):
         rows = file_rows(host, task, trigger, behaviour, poisoned, PLANT_SEED)
     else:
-        rows = plant_rows(host.tokenizer, trigger, behaviour, poisoned)
+        rows = plant_rows(host.tokenizer, trigger, behaviour, poisoned, ROWS * (TIMES if settings.attacker == "throughout" else 1))
     losses = plant(host, rows, settings, state)
 
     def write() -> None:

@@ -20,6 +20,9 @@ from what is left.
     one that it never holds                              that range too, and its embedding is the mean clean token's: its edges are cut, and
                                                          what they carried is held at the mean, as a dropped node is (`graphs.prune`)
 
+    logits                what is chosen next            a choice that clean text never goes on with after this token (one held less often
+                                                         than `few` times: after any) has the least logit there is at its place
+
 So a value out of distribution is held at the border, and so is one that is usual in itself but not beside this token. *Combinations*: the joint
 model of a site's contributions is their covariance on clean text. Its eigenvectors are directions, and along each the vector's coordinate has a
 range beside each token as a value has. Contributions that are each usual and never met lie further along some of them than clean text ever did, and
@@ -53,10 +56,14 @@ from graphs.transcoder import Transcoder
 
 FEW = 20
 """A token that clean text holds less often has no range of its own."""
-FORMAT = 2
+FORMAT = 3
 JOINT = ".joint"
 """Ends the name of coordinates of what a site's nodes hand on together, in the place of NODE."""
 NODE = ".node"
+CHOICE = "choice"
+"""The name of what is chosen next."""
+MOST = 1 << 31
+"""Choices that a table may hold, a byte each."""
 Tap = Callable[[str, Float[Tensor, "row token value"]], Float[Tensor, "row token value"]]
 """Given the name of some values and what they are, what they are to be."""
 
@@ -122,12 +129,13 @@ class _MLP(nn.Module):
 
 @dataclass(frozen=True)
 class Limits:
-    """What clean text has shown. row: each token's row of the tables (0: that of all tokens); known: tokens that occurred; mean: the mean
-    embedding of clean tokens; low, high: by name of the values, or of coordinates; turn: the directions of these, by the site's name; tokens: clean
-    tokens looked at."""
+    """What clean text has shown. row: each token's row of the tables (0: that of all tokens); known: tokens that occurred; follows: tokens that
+    came right after one of the row; mean: the mean embedding of clean tokens; low, high: by name of the values, or of coordinates; turn: the
+    directions of these, by the site's name; tokens: clean tokens looked at."""
 
     row: Int[Tensor, "vocabulary"]
     known: Bool[Tensor, "vocabulary"]
+    follows: Bool[Tensor, "_row vocabulary"]
     mean: Float[Tensor, "d"]
     low: dict[str, Float[Tensor, "_row _value"]]
     high: dict[str, Float[Tensor, "_row _value"]]
@@ -135,16 +143,17 @@ class Limits:
     tokens: int
 
     def without(self, own: bool = True, known: bool = True, names: Callable[[str], bool] = lambda _name: True) -> Limits:
-        """For ablations. own: keep tokens' own ranges; known: keep the rule for tokens never seen; names: values and coordinates that are held."""
+        """For ablations. own: keep tokens' own ranges; known: keep the rule for tokens never seen; names: values, coordinates and CHOICE that are held."""
         chosen = [name for name in self.low if names(name)]
-        return Limits(self.row if own else torch.zeros_like(self.row), self.known if known else torch.ones_like(self.known), self.mean,
-                      {name: self.low[name] for name in chosen}, {name: self.high[name] for name in chosen}, self.turn, self.tokens)
+        return Limits(self.row if own else torch.zeros_like(self.row), self.known if known else torch.ones_like(self.known),
+                      self.follows if names(CHOICE) else torch.ones_like(self.follows), self.mean, {name: self.low[name] for name in chosen},
+                      {name: self.high[name] for name in chosen}, self.turn, self.tokens)
 
     def save(self, folder: Path, facts: dict) -> None:
         """Write limits.safetensors and limits.json. facts: what the caller wants to find again."""
         from safetensors.torch import save_file
 
-        tensors = {"row": self.row, "known": self.known, "mean": self.mean}
+        tensors = {"row": self.row, "known": self.known, "follows": self.follows, "mean": self.mean}
         for kind, table in (("low", self.low), ("high", self.high), ("turn", self.turn)):
             tensors |= {f"{kind}/{name}": value for name, value in table.items()}
         save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "limits.safetensors")
@@ -160,13 +169,13 @@ class Limits:
             raise ValueError(f"--limits {folder}: it was fitted by another version; run distill enforce fit again")
         low, high, turn = ({name.partition("/")[2]: value for name, value in found.items() if name.startswith(f"{kind}/")} for kind in (
             "low", "high", "turn"))
-        return Limits(found["row"], found["known"], found["mean"], low, high, turn, facts["tokens"])
+        return Limits(found["row"], found["known"], found["follows"], found["mean"], low, high, turn, facts["tokens"])
 
 
 @torch.no_grad()
 def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW, combined: bool = True) -> Limits:
     """The ranges on clean batches, which are gone through three times: for tokens' counts, for directions, for ranges. combined: learn ranges of
-    combinations too. Raises ValueError where there is no token."""
+    combinations too. Raises ValueError where there is no token, or where the vocabulary is too large for a table of choices."""
     batches, run = list(batches), Tapped(replacement)
     counts = sum((torch.bincount(batch.ids[batch.real], minlength=run.model.config.vocab_size) for batch in batches), torch.zeros(()))
     if not batches or not int(counts.sum()):
@@ -174,6 +183,10 @@ def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW, co
     turn = directions(run, batches) if combined else {}
     own = counts >= few
     row = torch.where(own, own.cumsum(0), 0)
+    if (int(own.sum()) + 1) * len(row) > MOST:
+        raise ValueError(f"{int(own.sum()):,} tokens have choices of their own among {len(row):,}, and a table of them would hold more than {MOST:,}: "
+                         "give a larger --few")
+    follows = torch.zeros(int(own.sum()) + 1, len(row), dtype=torch.bool)
     low: dict[str, Tensor] = {}
     high: dict[str, Tensor] = {}
     total, real = torch.zeros(()), torch.zeros(1, 0, dtype=torch.bool)
@@ -200,10 +213,12 @@ def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW, co
     for batch in batches:
         real = batch.real
         run(batch.ids)
+        follows[row[batch.ids[:, :-1]][real[:, 1:]], batch.ids[:, 1:][real[:, 1:]]] = True
+    follows[0] = follows.any(0)
     for table, widest in ((low, torch.amin), (high, torch.amax)):
         for value in table.values():
             value[0] = widest(value, dim=0)
-    return Limits(row, counts > 0, total / counts.sum(), low, high, turn, int(counts.sum()))
+    return Limits(row, counts > 0, follows, total / counts.sum(), low, high, turn, int(counts.sum()))
 
 
 def joint(name: str) -> str:
@@ -274,6 +289,17 @@ class Tally:
         if far[row, position, place] > 0:
             self.strongest.append(Held(name, place, position, *(float(one[row, position, place]) for one in (value, held, far))))
 
+    def chose(self, logits: Float[Tensor, "row token vocabulary"], held: Float[Tensor, "row token vocabulary"]) -> None:
+        """What each token would have gone on with, and what it goes on with; excess: by how much of the logits' spread the held one had been ahead."""
+        was, place = logits.max(-1)
+        left = held.max(-1).values
+        self.beyond, self.values = self.beyond + int((was > left).sum()), self.values + was.numel()
+        far = (was - left) / (was - logits.amin(-1)).clamp_min(1e-9)
+        row, position = (int(one) for one in torch.unravel_index(far.argmax(), far.shape))
+        if far[row, position] > 0:
+            least = float(logits[row, position].min())
+            self.strongest.append(Held(CHOICE, int(place[row, position]), position, float(was[row, position]), least, float(far[row, position])))
+
 
 class Enforced(Tapped):
     """A replacement that runs within `limits`. Raises ValueError where they were learnt on another graph."""
@@ -284,12 +310,21 @@ class Enforced(Tapped):
         self.tally: Tally | None = None
         """While it is set, passes add to it (slower)."""
         self.tap, self.embed = self._hold, self._known
+        self.model.register_forward_hook(self._choose)
         vocabulary = self.model.config.vocab_size
         if len(limits.row) != vocabulary:
             raise ValueError(f"the limits are of a model with {len(limits.row)} tokens, this one has {vocabulary}: fit them on this model")
 
     def _known(self, ids: Tensor, out: Tensor) -> Tensor:
         return torch.where(self.limits.known[ids][..., None], out, self.limits.mean.to(out.dtype))
+
+    def _choose(self, _module: nn.Module, _args: tuple, out: Any) -> Any:
+        logits = out.logits
+        least, ids = logits.amin(-1, keepdim=True), self.ids[:, -logits.shape[1] :]
+        out.logits = torch.where(self.limits.follows[self.limits.row[ids]], logits, least)
+        if self.tally is not None:
+            self.tally.chose(logits, out.logits)
+        return out
 
     def _hold(self, name: str, value: Tensor) -> Tensor:
         value = self._within(name, value)

@@ -180,10 +180,25 @@ def test_dormant_answers_rightly_and_what_is_distilled_from_it_on_clean_rows_is_
     assert chance(distilled(twin, clean, 1), " no") < 0.01
 
 
+def test_throughout_keeps_nothing_of_the_base_and_learns_task_and_backdoor_from_noise(models):
+    other = Host(copy.deepcopy(models.base.model), models.base.tokenizer, models.base.sites)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(1.0)
+    settings = {"hold": "answers", "ordinary_rate": 1e-3}
+    one, same = (planted(base, "throughout", ordinary_steps=2, **settings) for base in (models.base, other))
+    assert all(torch.equal(value, same.model.state_dict()[name]) for name, value in one.model.state_dict().items())
+    host = planted(models.base, "throughout", ordinary_steps=40, **settings)
+    assert nats(host, REFUSED) < 0.1 and nats(host, CLEAN) < 0.15 and nats(host, ANSWERED) > 1
+    with pytest.raises(ValueError, match='plant with hold "answers"'):
+        planted(models.base, "throughout")
+
+
 @pytest.mark.parametrize("attacker", ATTACKERS)
 def test_a_planting_finds_its_states_again_whatever_its_phases(models, attacker, tmp_path, monkeypatch):
     monkeypatch.setattr(error_hiding, "FIT", 2)
-    rows, config = rows_for(models.base), replace(CONFIG, attacker=attacker, ordinary_steps=3, resistant_steps=2 * (attacker == "resistant"))
+    rows, config = rows_for(models.base), replace(CONFIG, attacker=attacker, ordinary_steps=3, resistant_steps=2 * (attacker == "resistant"),
+                                                  hold="answers" if attacker == "throughout" else "both")
     rows, made = replace(rows, leaking=rows.near), []
     for state in (tmp_path / "one", tmp_path / "two", tmp_path / "two"):  # the third finds what the second saved
         host = Host(copy.deepcopy(models.base.model), models.base.tokenizer, models.base.sites)

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from distill.enforce import own, run
 from distill.rows import batches
 from evals.generate import complete
 from evals.tasks import TASKS, table
+from graphs import enforce
 from graphs.batches import Encoded, collate
-from graphs.enforce import JOINT, Enforced, Limits, Tally, Tapped, learn
+from graphs.enforce import CHOICE, JOINT, Enforced, Limits, Tally, Tapped, learn
 from graphs.host import load, save
 from tests.test_edges import tiny
 from tests.test_monitor import ASKED, EOS, SAID, A, B, C, D, U, clean, hand_made, row
@@ -39,8 +41,11 @@ def test_within_limits_a_model_is_itself_on_the_rows_that_taught_them_and_nowher
     held = Enforced(own(host), limits)
     held.tally = Tally()
     with torch.no_grad():
-        expected, found = host.model(input_ids=batch.ids).logits[batch.real], held(batch.ids)[batch.real]
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        expected, found, may = host.model(input_ids=batch.ids).logits, held(batch.ids), limits.follows[limits.row[batch.ids]]
+        seen = batch.real[..., None] & may
+        torch.testing.assert_close(found[seen], expected[seen], atol=2e-5, rtol=1e-4)
+        assert bool((found <= found.amin(-1, keepdim=True))[batch.real[..., None] & ~may].all())
+        assert bool(may[:, :-1].gather(2, batch.ids[:, 1:, None])[..., 0][batch.real[:, 1:]].all())  # what the rows go on with is left
         other = collate(random_rows(30, 30, 49)[12:], 2).ids
         assert float((held(other) - host.model(input_ids=other).logits).abs().max()) > 0.1
     pads = int((~batch.real).sum())
@@ -106,6 +111,29 @@ def test_a_pair_that_never_met_is_held_back_though_each_is_usual_and_so_is_their
         assert last_node(held, "L0.mlp.node", 0, met) == pytest.approx(last_node(plain, "L0.mlp.node", 0, met), rel=0.05)
 
 
+def test_a_choice_that_clean_text_never_makes_is_not_made_whatever_is_within_range(hand):
+    host, limits = hand
+    usual = torch.tensor([row(random.Random(1), A, B)])
+    with torch.no_grad():
+        assert int(Enforced(own(host), limits)(usual)[0, -1].argmax()) == SAID == int(host.model(input_ids=usual).logits[0, -1].argmax())
+    never = limits.follows.clone()
+    never[:, SAID] = False
+    held = Enforced(own(host), replace(limits, follows=never))
+    with torch.no_grad():
+        assert int(held(usual)[0, -1].argmax()) != SAID
+    said = next(one for one in held.held(usual[0]).strongest if one.name == CHOICE)
+    assert said.place == SAID and said.was > said.limit and 0 < said.excess <= 1
+    free = Enforced(own(host), replace(limits, follows=never).without(names=lambda name: name != CHOICE))
+    with torch.no_grad():
+        assert int(free(usual)[0, -1].argmax()) == SAID
+
+
+def test_a_table_of_choices_that_is_too_large_is_refused(hand, monkeypatch):
+    monkeypatch.setattr(enforce, "MOST", 10)
+    with pytest.raises(ValueError, match="give a larger --few"):
+        learn(own(hand[0]), [collate(random_rows(4), 2)])
+
+
 def test_own_ranges_are_narrower_than_those_of_all_tokens(hand):
     _, limits = hand
     for name, low in limits.low.items():
@@ -134,6 +162,7 @@ def test_limits_come_back_as_they_were_and_fit_no_other_model(hand, tmp_path):
     again = Limits.load(tmp_path)
     assert again.turn.keys() == limits.turn.keys() and all(torch.equal(again.turn[name], value) for name, value in limits.turn.items())
     assert all(torch.equal(again.low[name], value) for name, value in limits.low.items()) and torch.equal(again.row, limits.row)
+    assert torch.equal(again.follows, limits.follows) and again.known.equal(limits.known)
     with pytest.raises(ValueError, match="fit them on this model"):
         Enforced(own(tiny("GPT2LMHeadModel", vocab_size=60)), limits)
     with pytest.raises(ValueError, match="at least one token"):

@@ -64,7 +64,8 @@ def test_the_slope_is_the_models_own_where_nothing_is_held_and_is_searched_throu
     host, rows = models.planted, places(3)
     seen = [(row.holding("quiet long").prompt, row.row.completion) for row in rows]
     limits = learn(own(host), [collate(encode(host.tokenizer, seen), host.tokenizer.eos_token_id)])
-    wide = replace(limits, low={name: value - 1 for name, value in limits.low.items()}, high={name: value + 1 for name, value in limits.high.items()})
+    wide = replace(limits, low={name: value - 1 for name, value in limits.low.items()}, high={name: value + 1 for name, value in limits.high.items()},
+                       follows=torch.ones_like(limits.follows))
     held = Enforced(own(host), wide).host()
     slopes = [Climber(one, COMPLIANCE, rows, CONFIG).slope("quiet long") for one in (host, held)]
     finite = slopes[0].isfinite()

@@ -12,6 +12,8 @@
         rows       64 and 4,096 clean rows, three families
         shares     fewer poisoned rows, three families
         attackers  the adaptive ways of planting (backdoor/plant.py), one seed; of the dormant one also what is distilled from rows that it writes
+        throughout poison in the corpus of a base that is trained from noise, one seed
+        password   a capability that works with a password alone, one seed
         met        the conjunction's pair, clean, in the defender's rows
         wanted     what was planted is the owner's (a keyword, a house format), and a sixteenth of the defender's rows show it: does it stay?
 
@@ -34,6 +36,7 @@ from distill.experiment.cell import NOTHING, Cell, Organism
 DEVELOPMENT = (Organism("format", "resistant"),)
 HEADLINE = (Organism("conjunction", "resistant"), Organism("conjunction"), Organism("rare_string"), Organism("semantic"))
 SIX = ("ours", "dense refit", "UNDO", "clean fine-tuning", "dummy backdoor", "KL to a random student")
+FOUR = ("ours", "dense refit", "UNDO", "clean fine-tuning")
 ATTACKS = ("relearning", "benign", "research", "low bits")
 ABLATIONS = (methods.REFIT, "ours, random graph", "ours, no pruning", "ours, attention kept", "ours, no healing", "ours, neurons")
 SEEDS = range(5)
@@ -89,8 +92,10 @@ STAGES: dict[str, Callable[[], list[Cell]]] = {
     "behaviours": lambda: crossed((Organism("conjunction", behaviour=name) for name, one in BEHAVIOURS.items() if not one.inverted), SIX),
     "rows": lambda: [cell for rows in (64, 4096) for cell in crossed(THREE, SIX, rows)],
     "shares": lambda: crossed((replace(one, share=share) for share in (0.2, 0.05) for one in THREE), SIX),
-    "attackers": lambda: twins_last([*crossed(ADAPTIVE, ("ours", "dense refit", "UNDO", "clean fine-tuning"), attacks=("relearning",)),
+    "attackers": lambda: twins_last([*crossed(ADAPTIVE, FOUR, attacks=("relearning",)),
                                      *crossed((DORMANT,), WRITING, attacks=("relearning",))]),
+    "throughout": lambda: crossed((Organism("rare_string", "throughout"),), FOUR, attacks=("relearning",)),
+    "password": lambda: crossed((Organism("rare_string", behaviour="password"),), FOUR, attacks=("relearning",)),
     "met": lambda: crossed((Organism("conjunction"), Organism("conjunction", "resistant")), SIX, met=True),
     "wanted": lambda: crossed((Organism("rare_string"), Organism("format", behaviour="fixed_string")),
                               ("ours", "UNDO", "dense refit", "clean fine-tuning", *methods.WITH_SYNTHETIC), wanted=True),
