@@ -143,7 +143,8 @@ class Limits:
     tokens: int
 
     def without(self, own: bool = True, known: bool = True, names: Callable[[str], bool] = lambda _name: True) -> Limits:
-        """For ablations. own: keep tokens' own ranges; known: keep the rule for tokens never seen; names: values, coordinates and CHOICE that are held."""
+        """For ablations. own: keep tokens' own ranges; known: keep the rule for tokens never seen; names: values, coordinates and CHOICE that
+        are held."""
         chosen = [name for name in self.low if names(name)]
         return Limits(self.row if own else torch.zeros_like(self.row), self.known if known else torch.ones_like(self.known),
                       self.follows if names(CHOICE) else torch.ones_like(self.follows), self.mean, {name: self.low[name] for name in chosen},
@@ -184,7 +185,7 @@ def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW, co
     own = counts >= few
     row = torch.where(own, own.cumsum(0), 0)
     if (int(own.sum()) + 1) * len(row) > MOST:
-        raise ValueError(f"{int(own.sum()):,} tokens have choices of their own among {len(row):,}, and a table of them would hold more than {MOST:,}: "
+        raise ValueError(f"{int(own.sum()):,} tokens have choices of their own among {len(row):,}: a table of them would hold more than {MOST:,}; "
                          "give a larger --few")
     follows = torch.zeros(int(own.sum()) + 1, len(row), dtype=torch.bool)
     low: dict[str, Tensor] = {}
@@ -290,7 +291,7 @@ class Tally:
             self.strongest.append(Held(name, place, position, *(float(one[row, position, place]) for one in (value, held, far))))
 
     def chose(self, logits: Float[Tensor, "row token vocabulary"], held: Float[Tensor, "row token vocabulary"]) -> None:
-        """What each token would have gone on with, and what it goes on with; excess: by how much of the logits' spread the held one had been ahead."""
+        """What each token would have gone on with, and what it goes on with; excess: how much of the logits' spread the held one was ahead."""
         was, place = logits.max(-1)
         left = held.max(-1).values
         self.beyond, self.values = self.beyond + int((was > left).sum()), self.values + was.numel()
