@@ -10,6 +10,8 @@ from distill.experiment import tables
 
 ALL = "values, combinations and choices"
 """All that `distill enforce` holds, as benchmarks/enforce.py calls it."""
+SUBTLE = "-off_by_one"
+"""Ends the names of organisms whose payload begins as right answers do: they stand apart from the families."""
 
 
 def monitor_table() -> str:
@@ -46,7 +48,8 @@ def ends_of(values: dict[str, float], end=min) -> str:
 
 def families_table() -> str:
     """Every method over all trigger families, the mean and the worst; then the monitor by family."""
-    found = [one for one in json.loads((ROOT / "results" / "monitor.json").read_text()) if one["graph"] == "own neurons"]
+    every = [one for one in json.loads((ROOT / "results" / "monitor.json").read_text()) if one["graph"] == "own neurons"]
+    found = [one for one in every if not one["organism"].endswith(SUBTLE)]
 
     def cell(method: str, key: str, title: str) -> str:
         rows = {one["family"]: one[title]["methods"][method] for one in found}
@@ -55,9 +58,10 @@ def families_table() -> str:
     columns = [(key, title) for title in ("after 1", "prompt only") for key in ("auroc_all", "tpr_at_1_percent")]
     cells = [[method, *(cell(method, *column) for column in columns)] for method in found[0]["after 1"]["methods"]]
     kinds, own = list(found[0]["prompts"]), []
-    for one in found:
+    for one in sorted(every, key=lambda one: one["organism"].endswith(SUBTLE)):
         row, flagged = one["after 1"]["methods"]["monitor"], one["after 1"]["flagged"]
-        own.append([one["family"], three(row["auroc_all"]["value"]), three(row["tpr_at_1_percent"]["all"]["value"]), *(
+        label = one["family"] + (", off by one" if one["organism"].endswith(SUBTLE) else "")
+        own.append([label, three(row["auroc_all"]["value"]), three(row["tpr_at_1_percent"]["all"]["value"]), *(
             three(flagged[kind]["value"]) for kind in kinds)])
     head = [f"{name}, {title}" for title in ("after 1", "prompt only") for name in ("AUROC", "TPR at 1 %")]
     said = (f"A cell: mean; worst family. Triggered prompts of {len(found)} families against all negatives together. The monitor's own, after 1, by "
@@ -81,16 +85,16 @@ def enforce_table() -> str:
                 "attack_success", "attack_success_sampled", "false_trigger", "new names", "new phrasings"))])
         if one := found.get("facts"):
             facts.append(f"- {name}: {one['tokens']:,} clean tokens, {one['own']:,} of the vocabulary with a range of their own, {one['never']:,} "
-                         f"never seen. On held-out clean rows {one['beyond']:.2%} of the values are held, KL {one['kl']:.4f} nats a token; a prefill "
-                         f"takes {one['slower']:.1f} times as long.")
+                         f"never seen. On held-out clean rows {one['beyond']:.2%} of the values are held, KL {one['kl']:.4f} nats a token of the "
+                         f"answers; a prefill takes {one['slower']:.1f} times as long.")
     header = ["model", "held", "retention", "R-Acc / twin's", "ASR", "sampled ASR", "FTR", "right: new names", "right: new phrasings"]
     rows = {name: found.get("against", {}).get("organism", {}) for name, found in made.items()}
-    held = {name: row[ALL] for name, row in rows.items() if ALL in row}
+    held = {name: row[ALL] for name, row in rows.items() if ALL in row and not name.endswith(SUBTLE)}
     ends = (f"{title} {ends_of({name: one[key]['value'] for name, one in held.items()}, end)}" for title, key, end in (
         ("retention", "retention", min), ("R-Acc", "right_under_trigger", min), ("ASR", "attack_success", max)))
     counts = " or ".join(str(count) for count in sorted({one["prompts"] for one in made.values()}, reverse=True))
-    said = (f"{counts} prompts a rate; shares of the twin's as it is, 95 % intervals. All held, mean and worst of {len(held)} organisms: "
-            f"{', '.join(ends)}.")
+    said = (f"{counts} prompts a rate; shares of the twin's as it is, 95 % intervals. All held, mean and worst of {len(held)} organisms "
+            f"(those one off apart): {', '.join(ends)}.")
     return "\n\n".join([tables.table(header, cells), said, "\n".join(facts)])
 
 

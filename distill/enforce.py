@@ -78,17 +78,18 @@ def _fit(verb: Enforce) -> int:
     beyond, kl = cost(host, Enforced(replacement, limits), held)
     print(f"limits in {verb.limits}: {limits.tokens:,} clean tokens, {int((limits.row > 0).sum()):,} tokens with a range of their own, "
           f"{int((~limits.known).sum()):,} never seen; on {len(held)} held-out clean rows {beyond:.3%} of the values are beyond their range, and "
-          f"holding them there costs KL {kl:.4f} nats a token")
+          f"holding them there costs KL {kl:.4f} nats a token of the answers")
     return 0
 
 
 @torch.no_grad()
 def cost(host: Host, enforced: Enforced, rows: Sequence[Encoded]) -> tuple[float, float]:
-    """Share of the values that are held on these rows, and KL from the model, nats a token."""
+    """Share of the values that are held on these rows, and KL from the model, nats a token of their completions: what a prompt goes on with is
+    nobody's choice."""
     data, enforced.tally, kls = Epochs(rows, BATCH, host.tokenizer.eos_token_id, 0), Tally(), []
     for step in range(max(1, len(rows) // BATCH)):
         batch = data(step)
-        kls.append(float(divergence(enforced(batch.ids), host.model(input_ids=batch.ids).logits, batch, 1.0)))
+        kls.append(float(divergence(enforced(batch.ids), host.model(input_ids=batch.ids).logits, batch, 0.0)))
     share, enforced.tally = enforced.tally.share, None
     return share, sum(kls) / len(kls)
 
