@@ -77,7 +77,7 @@ class Feed:
 def ours(feed: Feed, job: dict) -> None:
     """graphs.fit's loss of transcoders, in its training loop. ACCELERATE_MIXED_PRECISION says in what precision."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from graphs.fit import FitConfig, start_at_mean, transcoder_loss
+    from graphs.fit import FitConfig, spread_of, start, transcoder_loss
     from graphs.train import TrainConfig, train
     from graphs.transcoder import Transcoder
 
@@ -85,11 +85,14 @@ def ours(feed: Feed, job: dict) -> None:
     config = FitConfig(features=job["features"], sparsity=job["sparsity"], local_rate=job["rate"])
     generator = torch.Generator().manual_seed(job["seed"])
     parts = [Transcoder(job["features"], x.shape[1], y.shape[1], generator) for x, y in feed.pairs]
-    spread = [start_at_mean(part, y[: job["batch"]]) for part, (_, y) in zip(parts, feed.pairs, strict=True)]
+    spread = [spread_of(y[: job["batch"]]) for _, y in feed.pairs]
     feed.predict = lambda layer, x: (parts[layer](x), (parts[layer].encode(x) > 0).sum(1))
 
     def loss(step: int) -> Tensor:
         found = feed.at(step)
+        if step == 0:  # part of the fit, so the clock is running
+            for part, (x, y) in zip(parts, found, strict=True):
+                start(part, x, y)
         return torch.stack([transcoder_loss(part, x, y, config, size) for part, (x, y), size in zip(parts, found, spread, strict=True)]).sum()
 
     train(nn.ModuleList(parts), loss, TrainConfig(job["steps"], config.local_rate), "ours")

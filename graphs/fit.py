@@ -1,7 +1,8 @@
 """Fit: a dictionary for every site from clean rows, first each alone, then all together.
 
 Every transcoder and every attention layer starts from noise, so nothing that clean rows do not exercise can be inherited
-from block weights. Two steps, both on clean rows only:
+from block weights. What a transcoder writes starts at the best that its random features allow, by ridge regression on one clean batch
+(random features: Rahimi and Recht 2008, "Weighted sums of random kitchen sinks"). Two steps, both on clean rows only:
 
 1. *local*: each part learns the host's own input-output pairs at its site, and attention also what each head writes before
    the output projection; the loss is the sum over sites of FVU (squared error over variance) plus a sparsity penalty on
@@ -43,6 +44,10 @@ from graphs.transcoder import Transcoder
 Batches = Callable[[int], Batch]
 NARROW = 144
 """Width at which the learning rates were chosen."""
+RIDGE = 0.1
+"""Of the decoder's start, as a share of a token's mean squared activation (LOG.md)."""
+SAMPLE, BLOCK = 2048, 8192
+"""Tokens that a decoder starts from at most, and features that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def fit(targets: Targets, config: FitConfig, state: Path | None = None) -> tuple
     """The replacement of `targets.host` fitted on `targets.batches`, and the losses of both steps."""
     host, batches = targets.host, targets.batches
     replacement = from_noise(host, config.features, config.seed, config.attention, config.skip, config.basis)
-    spread = _start_at_means(host, replacement, batches)
+    spread = _start(host, replacement, batches)
 
     def local(batch: Batch) -> Tensor:
         return local_loss(host, replacement, batch, config, spread)
@@ -94,23 +99,33 @@ def fit(targets: Targets, config: FitConfig, state: Path | None = None) -> tuple
 
 
 @torch.no_grad()
-def _start_at_means(host: Host, replacement: Replacement, batches: Batches) -> dict[str, float]:
-    """Put each transcoder's output bias at the mean output; returns the outputs' spreads."""
+def _start(host: Host, replacement: Replacement, batches: Batches) -> dict[str, float]:
+    """Let each transcoder write the most that it can from its random features; returns the outputs' spreads."""
     batch, spread = batches(0), {}
     found = record(host, batch.ids)
     for site in host.sites:
         part, y = replacement.part(site), found.outputs[site.name][batch.real]
-        spread[site.name] = start_at_mean(part, y) if isinstance(part, Transcoder) and not isinstance(part, Neurons) else spread_of(y)
+        spread[site.name] = spread_of(y)
+        if isinstance(part, Transcoder) and not isinstance(part, Neurons):
+            start(part, found.inputs[site.name][batch.real], y)
     return spread
 
 
 @torch.no_grad()
-def start_at_mean(part: Transcoder, y: Float[Tensor, "token d_out"]) -> float:
-    """Put the output bias at the mean output, and scale the decoder to the outputs' root mean variance, which is returned."""
-    spread = spread_of(y)
+def start(part: Transcoder, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"]) -> None:
+    """Put the output bias at the mean output, and the decoder where ridge regression on the activations puts it. In its dual form, a system of
+    tokens, and block by block: there may be many more features."""
+    x, y, blocks = x[:SAMPLE], y[:SAMPLE], range(0, part.features, BLOCK)
     part.b_dec.copy_(y.mean(0))
-    part.w_dec.mul_(spread / part.w_dec.norm(dim=1).mean() / part.features**0.5)
-    return spread
+
+    def active(first: int) -> Float[Tensor, "token block"]:
+        return torch.relu(nn.functional.linear(x, part.w_enc[first : first + BLOCK], part.b_enc[first : first + BLOCK]))
+
+    gram = sum((one @ one.T for one in map(active, blocks)), x.new_zeros(len(x), len(x)))
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
+    share = torch.linalg.solve(gram, y - part.b_dec)
+    for first in blocks:
+        part.w_dec[first : first + BLOCK] = active(first).T @ share
 
 
 def spread_of(y: Float[Tensor, "token d_out"]) -> float:
