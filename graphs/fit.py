@@ -121,11 +121,12 @@ def start(part: Transcoder, x: Float[Tensor, "token d_in"], y: Float[Tensor, "to
     def active(first: int) -> Float[Tensor, "token block"]:
         return torch.relu(nn.functional.linear(x, part.w_enc[first : first + BLOCK], part.b_enc[first : first + BLOCK]))
 
-    gram = sum((one @ one.T for one in map(active, blocks)), x.new_zeros(len(x), len(x)))
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
-    share = torch.linalg.solve(gram, y - part.b_dec)
-    for first in blocks:
-        part.w_dec[first : first + BLOCK] = active(first).T @ share
+    with torch.autocast(x.device.type, enabled=False):
+        gram = sum((one @ one.T for one in map(active, blocks)), x.new_zeros(len(x), len(x)))
+        gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
+        share = torch.linalg.solve(gram, y - part.b_dec)
+        for first in blocks:
+            part.w_dec[first : first + BLOCK] = active(first).T @ share
 
 
 def spread_of(y: Float[Tensor, "token d_out"]) -> float:

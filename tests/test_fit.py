@@ -6,10 +6,11 @@ import torch
 from evals.tasks import TASKS
 from graphs.activations import record
 from graphs.batches import Encoded, Epochs, encode
-from graphs.fit import FitConfig, distill, fit, quality, rebirth
+from graphs.fit import RIDGE, FitConfig, distill, fit, quality, rebirth, start
 from graphs.losses import divergence, fvu
 from graphs.replace import Replacement, from_noise
 from graphs.targets import Targets
+from graphs.transcoder import Transcoder
 from tests.test_edges import tiny
 
 SMALL = FitConfig(features=24, local_steps=30, joint_steps=10)
@@ -129,6 +130,25 @@ def test_a_wide_model_is_fitted_at_a_rate_that_does_not_kill_its_features(monkey
     scaled = fvu_of_mlps()
     monkeypatch.setattr("graphs.fit.NARROW", 10_000)
     assert scaled < 2.0 < fvu_of_mlps()  # of two layers, 1 each: what a constant has
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_decoder_starts_at_the_ridge_solution_whatever_the_blocks_and_the_precision_of_training(monkeypatch, cast):
+    generator = torch.Generator().manual_seed(0)
+    x, mixed = torch.randn(400, 8, generator=generator), torch.randn(8, 6, generator=generator)
+    y = torch.relu(x) @ mixed + 3
+    monkeypatch.setattr("graphs.fit.BLOCK", 7)
+    monkeypatch.setattr("graphs.fit.SAMPLE", 300)
+    part = Transcoder(40, 8, 6, generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        start(part, x, y)
+    a = part.encode(x[:300]).double()
+    ridge = RIDGE * a.square().sum(1).mean()
+    wanted = torch.linalg.solve(a.T @ a + ridge * torch.eye(40), a.T @ (y[:300] - y[:300].mean(0)).double())  # the other form of the same
+    torch.testing.assert_close(part.w_dec.double(), wanted, rtol=1e-3, atol=1e-4)
+    assert torch.equal(part.b_dec, y[:300].mean(0))
+    new = torch.ones(1, 100, dtype=torch.bool)
+    assert float(fvu(y[None, 300:], part(x[None, 300:]).detach(), new)) < 0.5  # rows that it did not see
 
 
 def test_features_born_together_never_add_to_the_error():
