@@ -39,7 +39,8 @@ def test_headline_has_six_methods_and_five_seeds_and_families_has_all():
 
 def test_attackers_has_every_adaptive_attacker_and_leaves_what_only_ratios_need_for_last():
     plan = suites.cells("full", "attackers")
-    assert {cell.organism.kind for cell in plan} == set(ATTACKERS) - {"ordinary", "resistant"}
+    assert {cell.organism.kind for cell in plan} == set(ATTACKERS) - {"ordinary", "resistant", "throughout"}
+    assert {cell.organism.kind for cell in suites.cells("full", "throughout")} == {"throughout"}  # a stage of its own: hours of planting
     for organism in suites.ADAPTIVE:
         settings(organism), trigger_and_behaviour(organism)
         made = {cell.method for cell in plan if cell.organism == organism and not cell.twin}
