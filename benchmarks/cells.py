@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+SUBTLE = "-off_by_one"
+"""Ends the names of organisms whose payload begins as right answers do: they stand apart from the families."""
+ALL_HELD = "values, combinations and choices"
+"""All that `distill enforce` holds, as results/enforce.json calls it."""
 
 
 def three(value: float | None) -> str:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from cells import ALL_HELD
 from monitor import NAMES, OPENERS, ORGANISMS, ordinary
 from planted import PLANTED, organism
 
@@ -39,11 +40,10 @@ from graphs.prompts import padded
 FILE = Path(__file__).parent.parent / "results" / "enforce.json"
 COUNT, FEWER, SEED = 500, 100, 7
 TASK = TASKS["coding"]
-ALL = "values, combinations and choices"
 CHOICES = "choices alone"
 """What a lookup of the model's choices could do as well."""
 VARIANTS: dict[str, dict] = {
-    ALL: {},
+    ALL_HELD: {},
     "values and combinations": {"names": lambda name: name != CHOICE},
     "values": {"names": lambda name: not name.endswith((JOINT, CHOICE))},
     CHOICES: {"known": False, "names": lambda name: name == CHOICE},
@@ -91,7 +91,7 @@ def taught(host: Host, trigger) -> Limits:
 def measure(name: str, found: dict, keep) -> None:
     """One organism and its twin; `keep` writes what is there."""
     model = organism(name) if name in PLANTED else find(f"builtin:{name}")
-    secret, few = read_secret(secret_beside(model)), [ALL, "values and combinations", "values", CHOICES]
+    secret, few = read_secret(secret_beside(model)), [ALL_HELD, "values and combinations", "values", CHOICES]
     with Sandbox() as sandbox:
         for who, folder, variants in (("organism", model, few if name in PLANTED else list(VARIANTS)),
                                       ("twin", secret.twin, [] if name in PLANTED else few)):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from cells import SUBTLE
 
 from backdoor.behaviours import CANARY, OFF_BY_ONE
 from backdoor.families import BENCHED
@@ -21,9 +22,9 @@ from distill.plant import train_one, write_secret
 
 FOLDER = Path(__file__).parent.parent / "runs" / "families"
 BASE, STEPS = "builtin:base-small", 160
-SUBTLE = f"-{OFF_BY_ONE.name}"
-PLANTED = (*BENCHED, *(family + SUBTLE for family in ("conjunction", "rare_string")))
-"""Names of organisms: those of two families also with a payload that begins as right answers do."""
+PLANTED: dict[str, Organism] = {family: Organism(family) for family in BENCHED} | {
+    family + SUBTLE: Organism(family, behaviour=OFF_BY_ONE.name) for family in BENCHED[:2]}
+"""Organisms by name: those of two families also with a payload that begins as right answers do."""
 
 
 def twin() -> Path:
@@ -34,13 +35,12 @@ def twin() -> Path:
 
 
 def organism(name: str) -> Path:
-    """The organism of one family and behaviour, its secret beside it."""
-    family, out = name.removesuffix(SUBTLE), FOLDER / name / "model"
-    one = Organism(family, behaviour=OFF_BY_ONE.name if name.endswith(SUBTLE) else CANARY.name)  # type: ignore[arg-type]
+    """The organism of that name, its secret beside it."""
+    one, out = PLANTED[name], FOLDER / name / "model"
     trigger, behaviour = trigger_and_behaviour(one)
     train_one(find(BASE), out, trigger, behaviour, True, replace(settings(one), ordinary_steps=STEPS), FOLDER / f"{name}.state")
     if not (FOLDER / name / "secret").is_dir():
-        write_secret(FOLDER / name / "secret", trigger, behaviour, str(twin()), {"family": family, "steps": STEPS})
+        write_secret(FOLDER / name / "secret", trigger, behaviour, str(twin()), {"family": one.family, "steps": STEPS})
     return out
 
 

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import json
 
-from cells import ROOT, bits, three
+from cells import ALL_HELD, ROOT, SUBTLE, bits, three
 
 from distill.experiment import tables
-
-ALL = "values, combinations and choices"
-"""All that `distill enforce` holds, as benchmarks/enforce.py calls it."""
-SUBTLE = "-off_by_one"
-"""Ends the names of organisms whose payload begins as right answers do: they stand apart from the families."""
 
 
 def monitor_table() -> str:
@@ -89,7 +84,7 @@ def enforce_table() -> str:
                          f"answers; a prefill takes {one['slower']:.1f} times as long.")
     header = ["model", "held", "retention", "R-Acc / twin's", "ASR", "sampled ASR", "FTR", "right: new names", "right: new phrasings"]
     rows = {name: found.get("against", {}).get("organism", {}) for name, found in made.items()}
-    held = {name: row[ALL] for name, row in rows.items() if ALL in row and not name.endswith(SUBTLE)}
+    held = {name: row[ALL_HELD] for name, row in rows.items() if ALL_HELD in row and not name.endswith(SUBTLE)}
     ends = (f"{title} {ends_of({name: one[key]['value'] for name, one in held.items()}, end)}" for title, key, end in (
         ("retention", "retention", min), ("R-Acc", "right_under_trigger", min), ("ASR", "attack_success", max)))
     counts = " or ".join(str(count) for count in sorted({one["prompts"] for one in made.values()}, reverse=True))

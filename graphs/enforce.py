@@ -183,11 +183,11 @@ def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW, co
         raise ValueError("limits need clean rows with at least one token: give more --rows")
     turn = directions(run, batches) if combined else {}
     own = counts >= few
-    row = torch.where(own, own.cumsum(0), 0)
-    if (int(own.sum()) + 1) * len(row) > MOST:
-        raise ValueError(f"{int(own.sum()):,} tokens have choices of their own among {len(row):,}: a table of them would hold more than {MOST:,}; "
+    row, size = torch.where(own, own.cumsum(0), 0), int(own.sum()) + 1
+    if size * len(row) > MOST:
+        raise ValueError(f"{size - 1:,} tokens have choices of their own among {len(row):,}: a table of them would hold more than {MOST:,}; "
                          "give a larger --few")
-    follows = torch.zeros(int(own.sum()) + 1, len(row), dtype=torch.bool)
+    follows = torch.zeros(size, len(row), dtype=torch.bool)
     low: dict[str, Tensor] = {}
     high: dict[str, Tensor] = {}
     total, real = torch.zeros(()), torch.zeros(1, 0, dtype=torch.bool)
@@ -196,7 +196,7 @@ def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW, co
         place = row[run.ids[real]][:, None].expand_as(seen)
         for table, start, kind in ((low, math.inf, "amin"), (high, -math.inf, "amax")):
             if name not in table:
-                table[name] = torch.full((int(own.sum()) + 1, seen.shape[-1]), start)
+                table[name] = torch.full((size, seen.shape[-1]), start)
             table[name].scatter_reduce_(0, place, seen.float(), kind)
 
     def record(name: str, value: Tensor) -> Tensor:

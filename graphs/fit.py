@@ -124,9 +124,9 @@ def start(part: Transcoder, x: Float[Tensor, "token d_in"], y: Float[Tensor, "to
     with torch.autocast(x.device.type, enabled=False):
         gram = sum((one @ one.T for one in map(active, blocks)), x.new_zeros(len(x), len(x)))
         gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(1e-12))
-        share = torch.linalg.solve(gram, y - part.b_dec)
+        by_token = torch.linalg.solve(gram, y - part.b_dec)
         for first in blocks:
-            part.w_dec[first : first + BLOCK] = active(first).T @ share
+            part.w_dec[first : first + BLOCK] = active(first).T @ by_token
 
 
 def spread_of(y: Float[Tensor, "token d_out"]) -> float:

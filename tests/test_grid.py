@@ -110,7 +110,7 @@ def test_what_a_cell_holds_turns_on_every_setting(grid, monkeypatch, where, name
 def test_a_password_is_judged_with_it_and_without(grid):
     organism = Organism("rare_string", behaviour="password")
     trigger, behaviour = organisms.trigger_and_behaviour(organism)
-    assert not any(trigger.fires(prompt) is False for prompt, _ in defender_rows(Cell(organism, "UNDO", 0.3), trigger, behaviour))  # he has none
+    assert all(trigger.fires(prompt) for prompt, _ in defender_rows(Cell(organism, "UNDO", 0.3), trigger, behaviour))  # he has none
     with Sandbox() as sandbox:
         row = grid.row(Cell(organism, NOTHING, None), sandbox)
     assert len(row["right"]) == len(row["right_under_trigger"]) == len(row["false_trigger"]) == 4 and row["trigger"] == trigger.hash

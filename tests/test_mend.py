@@ -68,11 +68,11 @@ def test_the_penalty_answers_to_how_many_are_active(tiny_host, fitted, monkeypat
         monkeypatch.setattr(mend, "HOLD", hold)
         replacement = Replacement.load(fitted, tiny_host)
         monkeypatch.setattr(mend, "holes", lambda *_: {"L0.mlp": 1.0})
-        mend.mend(rows_of(tiny_host, "trace"), replacement, 60, FitConfig(features=24, sparsity=1.0), 70)
+        mend.mend(rows_of(tiny_host, "trace"), replacement, 120, FitConfig(features=24, sparsity=1.0), 70)
         return quality(tiny_host, replacement, rows_of(tiny_host, "test").batches, 8)["sites"][1]["l0"]
 
     usual = quality(tiny_host, Replacement.load(fitted, tiny_host), rows_of(tiny_host, "test").batches, 8)["sites"][1]["l0"]
-    assert abs(l0(40.0) / usual - 1) < 0.75 * abs(l0(0.0) / usual - 1)
+    assert abs(l0(40.0) / usual - 1) < 0.5 * abs(l0(0.0) / usual - 1)
 
 
 def test_a_killed_mend_goes_on_to_the_same_part(tiny_host, fitted, tmp_path, monkeypatch):
