@@ -55,7 +55,8 @@ RESULTS = ROOT / "results" / "budgets"
 WORK = ROOT / "runs" / "budgets"
 BUDGETS = (0.5, 0.25, 0.125)
 MODEL, TASK = "builtin:organism", "coding"
-BASE = config.Prune(model=MODEL, task=TASK, tune_rows=1)
+BASE = config.Prune(model=MODEL, task=TASK, tune_rows=1, heal_answers=0.0)
+"""The model alone is followed, by every method that follows it."""
 STEPS = 1580
 """Batches of every method."""
 SHAPES = "ours"

@@ -89,6 +89,8 @@ class Prune(Fit):
     tenth of that, or none where the cut costs next to nothing."""
     heal_decay: float = 0.7
     """Weight decay while healing: what clean rows do not ask for fades (LOG.md)."""
+    heal_answers: float = 1.0
+    """Weight, while healing, of the clean rows' own answers beside what the model makes of them (0: the model alone is followed)."""
     tune_rows: int = 500
     """Rows of the tune split that each candidate size is judged on."""
     prompts: int = 500
@@ -332,6 +334,9 @@ def check(verb: Any) -> None:
         value = getattr(verb, name, None)
         if isinstance(value, int) and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+    for name in ("heal_decay", "heal_answers"):
+        if (weight := getattr(verb, name, 0.0)) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {weight:g}: give 0 or more")
     for name in ("enough", "influence"):
         share = getattr(verb, name, None)
         if share is not None and not 0 < share <= 1:

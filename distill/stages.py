@@ -33,6 +33,7 @@ from graphs.batches import collate
 from graphs.canonical import canonical
 from graphs.fit import fit, quality, set_means
 from graphs.host import save
+from graphs.losses import SOFT
 from graphs.mend import mend
 from graphs.processes import agreed
 from graphs.prune import learn_gates
@@ -138,7 +139,8 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
 
     becomes = home(job.host.model, verb.target, verb.basis != "features")
     tasks = [task.key for task in job.tasks]
-    settings = (tasks, FOLLOWED, HEAL_RATE, verb.share, verb.budget, becomes, verb.healing, verb.heal_decay, verb.tune_rows, RUNGS, MARGIN, AGAIN)
+    settings = (tasks, FOLLOWED, HEAL_RATE, verb.share, verb.budget, becomes, verb.healing, verb.heal_decay, (verb.heal_answers, SOFT),
+                verb.tune_rows, RUNGS, MARGIN, AGAIN)
     key = digest(gated["key"], settings, verb.start and (NEAR, read_json(verb.start / "circuit" / "receipt.json")["key"]))
     state = job.work / f"heal-{key}"
     receipt, cached = stage(job.folder / "circuit", key, make)

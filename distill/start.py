@@ -14,7 +14,8 @@ from distill import config
 from distill.runs import settings_of
 from graphs.artifact import whole
 
-OWN = ("out", "start", "keep", *config.BUDGETS, "target", "heal_tokens", "heal_decay", "tune_rows", "prompts", "name", "json", "dry_run")
+OWN = ("out", "start", "keep", *config.BUDGETS, "target", "heal_tokens", "heal_decay", "heal_answers", "tune_rows", "prompts", "name", "json",
+       "dry_run")
 """Settings that a run has of its own; the others are those of the run it starts from."""
 COPIED = ("synthetic", "graph", ".work/gated", ".work/tune", ".work/judged")
 """Folders of a run."""

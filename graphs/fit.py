@@ -33,7 +33,7 @@ from graphs.attention import GroupGate
 from graphs.batches import Batch
 from graphs.fused import fused
 from graphs.host import Host
-from graphs.losses import SURE, divergence, fvu, variance
+from graphs.losses import SURE, divergence, fvu, taught, variance
 from graphs.neurons import Neurons
 from graphs.replace import Replacement, from_noise
 from graphs.shares import gathered, same, share, weighed
@@ -231,16 +231,17 @@ def watching(replacement: Replacement) -> Iterator[None]:
 def distill(
     targets: Targets, replacement: nn.Module, steps: int, learning_rate: float, prompt_weight: float, label: str,
     state: Path | None = None, first: int = 0, decay: float = 0.0, beside: Callable[[Batch], Tensor] | None = None,
-    sure: float = SURE,
+    sure: float = SURE, answers: float = 0.0,
 ) -> list[float]:
     """Minimise KL to the host over everything in `replacement` (token ids to logits) that may be trained; returns the loss of every step.
 
-    first: offset of the batches; decay: weight decay of the matrices; beside: added to KL; sure: as in `divergence`.
+    first: offset of the batches; decay: weight decay of the matrices; beside: added to it; sure: as in `divergence`; answers: weight of the rows'
+    own completions, as in `taught`.
     """
     def loss(step: int) -> Tensor:
         batch = share(targets.batches(first + step))
-        kl = divergence(replacement(batch.ids), targets(batch), batch, prompt_weight, sure)
-        return kl if beside is None else kl + beside(batch)
+        value = taught(replacement(batch.ids), targets(batch), batch, prompt_weight, sure, answers)
+        return value if beside is None else value + beside(batch)
 
     return train(replacement, loss, TrainConfig(steps, learning_rate, warmup=0.05, weight_decay=decay), label, state) if steps else []
 

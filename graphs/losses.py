@@ -16,6 +16,8 @@ PROMPT_WEIGHT = 0.1
 """For distillation: weight of prompt positions that nothing is known of."""
 SURE = 0.9
 """For distillation: above this probability the host is taken to know what comes."""
+SOFT = 2.0
+"""Temperature at which the host is followed where the rows' answers are learnt beside it."""
 
 
 def fvu(y: Float[Tensor, "row token d"], guess: Float[Tensor, "row token d"], real: Bool[Tensor, "row token"]) -> Float[Tensor, ""]:
@@ -45,8 +47,27 @@ def divergence(
     return ((p.exp() * (p - q)).sum(-1) * weight).sum() / averaged(weight.sum())
 
 
-def completion_loss(model: nn.Module, batch: Batch) -> Tensor:
+def taught(
+    logits: Float[Tensor, "row token vocabulary"], target: Float[Tensor, "row token vocabulary"], batch: Batch, prompt_weight: float, sure: float,
+    answers: float,
+) -> Float[Tensor, ""]:
+    """What a student of the host minimises: `divergence`, or with a weight for the rows' own answers T^2 times that of the softened
+    distributions plus their cross entropy (Hinton et al. 2015, "Distilling the knowledge in a neural network", section 2).
+
+    At T = 1 the answers would pull the student away from the host on all else (LOG.md).
+    """
+    if not answers:
+        return divergence(logits, target, batch, prompt_weight, sure)
+    return SOFT**2 * divergence(logits / SOFT, target / SOFT, batch, prompt_weight, sure) + answers * answers_loss(logits, batch)
+
+
+def completion_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     """Next-token cross entropy on completion tokens, nats a token."""
+    return answers_loss(model(input_ids=batch.ids).logits, batch)
+
+
+def answers_loss(logits: Float[Tensor, "row token vocabulary"], batch: Batch) -> Float[Tensor, ""]:
+    """The same of logits that are there already."""
     labels = batch.ids[:, 1:].masked_fill(~batch.completion[:, 1:], -100)
-    mean = nn.functional.cross_entropy(model(input_ids=batch.ids).logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
+    mean = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
     return weighed(mean, int((labels != -100).sum()))

@@ -7,7 +7,7 @@ from evals.tasks import TASKS
 from graphs.activations import record
 from graphs.batches import Encoded, Epochs, encode
 from graphs.fit import RIDGE, FitConfig, distill, fit, quality, rebirth, start
-from graphs.losses import divergence, fvu
+from graphs.losses import answers_loss, completion_loss, divergence, fvu
 from graphs.replace import Replacement, from_noise
 from graphs.targets import Targets
 from graphs.transcoder import Transcoder
@@ -104,6 +104,21 @@ def test_pads_do_not_enter_the_losses(tiny_host, data):
 
 def test_distilling_nothing_is_allowed(tiny_host, data):
     assert distill(Targets(tiny_host, data), from_noise(tiny_host, 8, 0), 0, 1e-3, 0.1, "none") == []
+
+
+def test_the_rows_answers_are_learnt_where_they_have_a_weight_and_the_host_alone_is_followed_where_not(tiny_host, data):
+    """The host of random weights knows no answer: who follows it alone does not either."""
+    def told(answers: float) -> tuple[float, float]:
+        replacement = from_noise(tiny_host, 64, 0)
+        distill(Targets(tiny_host, data), replacement, 60, 4e-3, 0.1, "heal", answers=answers)
+        batch = data(0)
+        with torch.no_grad():
+            logits, target = replacement(batch.ids), tiny_host.model(input_ids=batch.ids).logits
+            assert float(answers_loss(logits, batch)) == pytest.approx(float(completion_loss(replacement.model, batch)))
+            return float(answers_loss(logits, batch) - answers_loss(target, batch)), float(divergence(logits, target, batch, 0.1))
+
+    (without, near), (taught, far) = told(0.0), told(1.0)
+    assert taught < -0.2 < -0.05 < without and near < 0.5 * far
 
 
 def test_prompt_positions_that_the_host_is_sure_of_count_fully(tiny_host, data):

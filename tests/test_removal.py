@@ -12,7 +12,7 @@ from evals.tasks import TASKS
 from graphs.architectures import architecture, shortened, sites
 from graphs.batches import Encoded, Epochs, encode
 from graphs.host import Host, load, save
-from graphs.losses import divergence
+from graphs.losses import completion_loss, divergence
 from graphs.replace import from_noise
 from graphs.targets import Targets
 from tests.test_edges import tiny
@@ -46,6 +46,17 @@ def test_undo_perturbs_by_its_knob_and_distils_back(tiny_host, data):
     own, moved = (h.model.model.layers[0].mlp.up_proj.weight for h in (tiny_host, far))
     assert not torch.allclose(own, moved) and torch.equal(tiny_host.model.model.norm.weight, far.model.model.norm.weight)
     assert torch.equal(own, undo.remove(Targets(tiny_host, data), 0, 0.0, 1.5e-3, 0.0).model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_rival_that_follows_the_model_learns_the_rows_answers_beside_it_where_ours_does(tiny_host, data):
+    batch = data(0)
+
+    def asked(host) -> float:
+        with torch.no_grad():
+            return float(completion_loss(host.model, batch))
+
+    alone, taught = (undo.remove(Targets(tiny_host, data), 40, 0.3, 4e-3, 0.0, answers=answers) for answers in (0.0, 1.0))
+    assert asked(taught) < asked(tiny_host) - 0.5 and asked(alone) > asked(tiny_host) - 0.1
 
 
 def test_the_dense_refit_has_the_checkpoints_shapes_and_starts_from_noise(tiny_host, data, tmp_path):

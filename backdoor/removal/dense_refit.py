@@ -22,11 +22,13 @@ KNOBS = (4e-3,)
 
 
 def remove(
-    targets: Targets, student: Host, local_steps: int, steps: int, knob: float, learning_rate: float, decay: float
+    targets: Targets, student: Host, local_steps: int, steps: int, knob: float, learning_rate: float, decay: float,
+    answers: float = 0.0,
 ) -> Host:
     """Train `student` (random block weights, the host's embeddings and norms, any widths) to stand in for the host.
 
-    local_steps of site-wise regression at learning rate `knob`, then steps - local_steps of KL at `learning_rate` and `decay`.
+    local_steps of site-wise regression at learning rate `knob`, then steps - local_steps of KL at `learning_rate` and `decay`,
+    with the rows' own answers at weight `answers`.
     """
     host, batches = targets.host, targets.batches
 
@@ -44,5 +46,5 @@ def remove(
     for table in embeddings(student.model):
         table.requires_grad_(False)
     train(student.model, local, TrainConfig(local_steps, knob), "dense refit: local")
-    from_outputs(student.model, targets, steps - local_steps, learning_rate, "dense refit: KL", decay, first=local_steps)
+    from_outputs(student.model, targets, steps - local_steps, learning_rate, "dense refit: KL", decay, first=local_steps, answers=answers)
     return student

@@ -18,8 +18,9 @@ SAMPLE = 4
 """Batches that a layer's absence is judged on."""
 
 
-def remove(targets: Targets, layers: int, steps: int, learning_rate: float, decay: float) -> Host:
-    """The host with its best `layers` layers, healed by KL for `steps` batches. Embeddings stay as they are."""
+def remove(targets: Targets, layers: int, steps: int, learning_rate: float, decay: float, answers: float = 0.0) -> Host:
+    """The host with its best `layers` layers, healed by KL for `steps` batches, the rows' own answers at weight `answers` beside it. Embeddings
+    stay as they are."""
     host, kept = targets.host, list(range(targets.host.config.num_hidden_layers))
 
     @torch.no_grad()
@@ -32,5 +33,5 @@ def remove(targets: Targets, layers: int, steps: int, learning_rate: float, deca
     while len(kept) > layers:
         kept.remove(min(kept, key=lambda layer: alone([one for one in kept if one != layer])))
     small = with_layers(host, kept)
-    from_outputs(small.model, targets, steps, learning_rate, f"layer drop, {layers} left", decay)
+    from_outputs(small.model, targets, steps, learning_rate, f"layer drop, {layers} left", decay, answers=answers)
     return small

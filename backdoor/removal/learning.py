@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from graphs.architectures import embeddings
 from graphs.batches import Batch
-from graphs.losses import PROMPT_WEIGHT, SURE, divergence
+from graphs.losses import PROMPT_WEIGHT, SURE, divergence, taught
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
@@ -25,13 +25,17 @@ def from_tokens(model: PreTrainedModel, batches: Callable[[int], Batch], steps: 
     model.eval()
 
 
-def from_outputs(model: PreTrainedModel, targets: Targets, steps: int, rate: float, label: str, decay: float, first: int = 0) -> None:
-    """Train `model` in place by KL to the host on `steps` batches from `first` on, as our healing does; embeddings stay as they are."""
+def from_outputs(
+    model: PreTrainedModel, targets: Targets, steps: int, rate: float, label: str, decay: float, first: int = 0, answers: float = 0.0,
+) -> None:
+    """Train `model` in place by KL to the host on `steps` batches from `first` on, and by the rows' own answers at weight `answers`, as our healing
+    does; embeddings stay as they are."""
     for table in embeddings(model):
         table.requires_grad_(False)
 
     def loss(step: int) -> Tensor:
-        return apart(model, targets, targets.batches(first + step))
+        batch = targets.batches(first + step)
+        return taught(model(input_ids=batch.ids).logits, targets(batch), batch, PROMPT_WEIGHT, SURE, answers)
 
     train(model, loss, TrainConfig(steps, rate, weight_decay=decay), label)
     model.eval()

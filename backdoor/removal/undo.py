@@ -19,8 +19,9 @@ from graphs.targets import Targets
 KNOBS = (0.6, 0.3)
 
 
-def remove(targets: Targets, steps: int, knob: float, learning_rate: float, decay: float, seed: int = 0) -> Host:
-    """A copy of the host shrunk towards noise by `knob` and distilled for `steps` batches with weight decay `decay`."""
+def remove(targets: Targets, steps: int, knob: float, learning_rate: float, decay: float, seed: int = 0, answers: float = 0.0) -> Host:
+    """A copy of the host shrunk towards noise by `knob` and distilled for `steps` batches with weight decay `decay`, the rows' own answers at
+    weight `answers` beside it."""
     host, model = targets.host, copy.deepcopy(targets.host.model)
     generator = torch.Generator().manual_seed(seed)
     tables = {id(p) for table in embeddings(model) for p in table.parameters()}
@@ -30,5 +31,5 @@ def remove(targets: Targets, steps: int, knob: float, learning_rate: float, deca
                 noise = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
                 parameter.mul_(1 - knob).add_(noise, alpha=knob)
 
-    from_outputs(model, targets, steps, learning_rate, f"UNDO {knob:g}", decay)
+    from_outputs(model, targets, steps, learning_rate, f"UNDO {knob:g}", decay, answers=answers)
     return Host(model, host.tokenizer, host.sites)

@@ -195,11 +195,11 @@ def _poisoned(host: Host, setting: Setting) -> Epochs:
 
 def road_settings(method: str, setting: Setting, knob: float) -> config.Prune:
     """Our road to `SIZE`, with what the other stages leave of the batches for healing: of the batches a quarter fits, a
-    sixteenth joins and a twentieth gates."""
+    sixteenth joins and a twentieth gates. The model alone is followed, as in all methods that follow it here."""
     share = setting.steps / config.Prune(task="coding").fit_steps / 4
     stages = {name: round(getattr(config.Prune, name) * share) for name in ("fit_steps", "joint_steps", "gate_steps")}
-    verb = replace(config.Prune(model=str(setting.model), out=setting.folder, batch=BATCH, seed=setting.seed, heal_decay=knob, target_ratio=SIZE,
-                                tune_rows=1, tokens="seen" if setting.seen else "all"), **stages)
+    verb = replace(config.Prune(model=str(setting.model), out=setting.folder, batch=BATCH, seed=setting.seed, heal_decay=knob, heal_answers=0.0,
+                                target_ratio=SIZE, tune_rows=1, tokens="seen" if setting.seen else "all"), **stages)
     return replace(verb, **OURS[method])
 
 
