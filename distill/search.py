@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ AGAIN = 3
 class Healed:
     """A circuit of one size after healing, the nodes it holds, what it keeps on tune, the least of that less its margin, the least share of the
     model's right answers that are right still, the losses of all healing, and how far it was from the model when it had been pruned and
-    when it had been healed."""
+    when it had been healed; where it was cut out of a healed circuit, also how far the first one was."""
 
     size: Size
     kept: dict[str, Tensor]
@@ -132,7 +132,8 @@ class Search:
         then = kept_nodes(within(self.order, best.kept), size)
         circuit = absorbed(best.circuit, inside(best.kept, then, size.per), moments(best.circuit, self.job.data), self.components)
         near = NEAR * best.kl["healed"] if self.verb.start and self.verb.heal_tokens is None else 0.0
-        return self.heal(size, then, circuit, steps, best.losses, near)
+        healed = self.heal(size, then, circuit, steps, best.losses, near)
+        return replace(healed, kl={f"{what} first": best.kl.get(f"{what} first", best.kl[what]) for what in ("pruned", "healed")} | healed.kl)
 
     def heal(self, size: Size, kept: dict[str, Tensor], circuit: Replacement, steps: int, before: list[float], near: float = 0.0) -> Healed:
         """Heal a circuit that was just cut out, unless it is as near to the model as that, and judge it. before: losses of the healing that led

@@ -33,7 +33,8 @@ def scripted(search: Search, passing: set[int], monkeypatch, still: float = 1.0)
     def heal(self, size, kept, circuit, steps, before, near=0.0):
         seen.append((size.features, steps))
         self.tried.append({"share": size.share, "features": size.features})
-        return Healed(size, kept, circuit, {}, 1.0 if size.features in passing else 0.0, still, [], {"healed": 0.0})
+        return Healed(size, kept, circuit, {}, 1.0 if size.features in passing else 0.0, still, [],
+                      {"pruned": float(size.features), "healed": 0.0})
 
     monkeypatch.setattr(Search, "heal", heal)
     return seen
@@ -41,7 +42,8 @@ def scripted(search: Search, passing: set[int], monkeypatch, still: float = 1.0)
 
 def test_a_first_rung_that_passes_is_pruned_further_until_one_fails(search, monkeypatch):
     seen = scripted(search, {48, 32}, monkeypatch)
-    assert search.run().size.features == 32
+    chosen = search.run()
+    assert chosen.size.features == 32 and chosen.kl == {"pruned first": 48.0, "healed first": 0.0, "pruned": 32.0, "healed": 0.0}
     assert [features for features, _ in seen] == [48, 32, 16]
     assert seen[1][1] == seen[2][1] == pytest.approx(seen[0][1] / 3, abs=1) and seen[0][1] > 100
     assert [entry["chosen"] for entry in search.tried] == [False, True, False]
