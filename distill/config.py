@@ -89,8 +89,9 @@ class Prune(Fit):
     tenth of that, or none where the cut costs next to nothing."""
     heal_decay: float = 0.7
     """Weight decay while healing: what clean rows do not ask for fades (LOG.md)."""
-    heal_answers: float = 1.0
-    """Weight, while healing, of the clean rows' own answers beside what the model makes of them (0: the model alone is followed)."""
+    heal_answers: float | None = None
+    """Weight, while healing, of the clean rows' own answers beside what the model makes of them (0: the model alone is followed); by default 1, and
+    0 with --synthetic-rows."""
     tune_rows: int = 500
     """Rows of the tune split that each candidate size is judged on."""
     prompts: int = 500
@@ -117,6 +118,11 @@ class Prune(Fit):
         """Tokens of healing: `heal_tokens`, or its default for as many tasks as are named."""
         default = (3_200_000 if "," in self.task else 1_600_000) // (10 if self.start else 1)
         return default if self.heal_tokens is None else self.heal_tokens
+
+    @property
+    def answers(self) -> float:
+        """Weight of the rows' answers while healing: `heal_answers`, or its default."""
+        return (0.0 if self.synthetic_rows else 1.0) if self.heal_answers is None else self.heal_answers
 
 
 @dataclass(frozen=True)
@@ -335,8 +341,10 @@ def check(verb: Any) -> None:
         if isinstance(value, int) and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give at least {least}")
     for name in ("heal_decay", "heal_answers"):
-        if (weight := getattr(verb, name, 0.0)) < 0:
+        if (weight := getattr(verb, name, None)) is not None and weight < 0:
             raise ValueError(f"--{name.replace('_', '-')} {weight:g}: give 0 or more")
+    if getattr(verb, "synthetic_rows", 0) and getattr(verb, "heal_answers", None):
+        raise ValueError("--heal-answers does not go with --synthetic-rows: its rows have answers that the model drew; leave one of them out")
     for name in ("enough", "influence"):
         share = getattr(verb, name, None)
         if share is not None and not 0 < share <= 1:

@@ -75,18 +75,18 @@ def contenders(
 
     def refit(knob: float) -> Host:
         student = random_student(checkpoint, targets.host, verb.seed)
-        return dense_refit.remove(targets, student, verb.fit_steps, steps, knob, HEAL_RATE, verb.heal_decay, verb.heal_answers)
+        return dense_refit.remove(targets, student, verb.fit_steps, steps, knob, HEAL_RATE, verb.heal_decay, verb.answers)
 
     for knob in dense_refit.KNOBS:
         yield "dense refit", knob, partial(refit, knob)
     for knob in undo.KNOBS:
-        yield f"UNDO, noise {knob:g}", knob, partial(undo.remove, targets, steps, knob, HEAL_RATE, verb.heal_decay, answers=verb.heal_answers)
+        yield f"UNDO, noise {knob:g}", knob, partial(undo.remove, targets, steps, knob, HEAL_RATE, verb.heal_decay, answers=verb.answers)
     for knob in fine_tuning.KNOBS:
         yield f"clean fine-tuning, lr {knob:g}", knob, partial(fine_tuning.remove, targets, steps, knob)
     for knob in written_text.KNOBS:
         yield f"written text, lr {knob:g}", knob, partial(from_written_text, targets.host, verb, texts, steps, knob)
     if layers := fitting_layers(targets.host, parameters(load(checkpoint).model).stored):
-        yield "layer drop, healed", 0.0, partial(layer_drop.remove, targets, layers, steps, HEAL_RATE, verb.heal_decay, verb.heal_answers)
+        yield "layer drop, healed", 0.0, partial(layer_drop.remove, targets, layers, steps, HEAL_RATE, verb.heal_decay, verb.answers)
     tokens = targets.batches.tokens(steps)
     for name, score in (("magnitude, healed", "magnitude"), ("Wanda, healed", "activation"), ("random mask, healed", "random")):
         yield name, 0.0, partial(our_road, verb, model, texts, name, PRUNED | {"score": score, "heal_tokens": tokens})
@@ -125,7 +125,7 @@ def from_written_text(host: Host, verb: config.Prune, texts: list[tuple[str, str
 
 def settings_of(verb: config.Prune) -> str:
     """Hash of what rivals depend on in a run, beside its model, rows and steps: the checkpoint's shapes, and how its circuit was trained."""
-    names = ("seed", "batch", "heal_decay", "heal_answers", "fit_steps", "joint_steps", "gate_steps", "sparsity", "features", "skip", "score",
+    names = ("seed", "batch", "heal_decay", "answers", "fit_steps", "joint_steps", "gate_steps", "sparsity", "features", "skip", "score",
              "attention_nodes")
     return digest(read_json(verb.out / "checkpoint" / "config.json"), {name: getattr(verb, name) for name in names}, verb.healing,
                   *[verb.mend_steps] * bool(verb.mend_steps))

@@ -142,7 +142,7 @@ class Search:
         pruned = divergence_from(host, circuit, self.followed)
         state = self.state.with_suffix(f".{size.key}")
         losses = [] if pruned <= near else distill(self.job.targets, circuit, steps, HEAL_RATE, PROMPT_WEIGHT, label, state, self.trained,
-                                                   self.verb.heal_decay, answers=self.verb.heal_answers)
+                                                   self.verb.heal_decay, answers=self.verb.answers)
         found, still = self.tuner.retention(circuit.host())
         certain = min(share - MARGIN * error for share, error in found.values())
         kl = {"pruned": pruned, "healed": divergence_from(host, circuit, self.followed) if losses else pruned}

@@ -139,7 +139,7 @@ def circuit_stage(job: Job, gated: dict, verb: config.Prune, sandbox: Sandbox) -
 
     becomes = home(job.host.model, verb.target, verb.basis != "features")
     tasks = [task.key for task in job.tasks]
-    settings = (tasks, FOLLOWED, HEAL_RATE, verb.share, verb.budget, becomes, verb.healing, verb.heal_decay, (verb.heal_answers, SOFT),
+    settings = (tasks, FOLLOWED, HEAL_RATE, verb.share, verb.budget, becomes, verb.healing, verb.heal_decay, (verb.answers, SOFT),
                 verb.tune_rows, RUNGS, MARGIN, AGAIN)
     key = digest(gated["key"], settings, verb.start and (NEAR, read_json(verb.start / "circuit" / "receipt.json")["key"]))
     state = job.work / f"heal-{key}"

@@ -98,6 +98,7 @@ def test_numbers_that_are_too_small_and_flags_that_exclude_each_other_are_refuse
     out = tmp_path / "run"
     assert "--batch 0: give at least 1" in refused(capsys, "prune", "--batch", 0, "--out", out)
     assert "--heal-answers -1: give 0 or more" in refused(capsys, "prune", "--heal-answers", -1, "--out", out)
+    assert "leave one of them out" in refused(capsys, "prune", "--heal-answers", 1, "--synthetic-rows", 8, "--out", out)
     assert "--prompts -1: give at least 1" in refused(capsys, "evaluate", "--prompts", -1, "--model", "builtin:base")
     assert "--keep and --target-params exclude each other" in refused(capsys, "prune", "--keep", 0.9, "--target-params", 5000, "--out", out)
     assert not out.exists()
