@@ -43,19 +43,17 @@ def results_table() -> str:
 
 
 def rivals_table() -> str:
-    """Our default run, then every rival at as many rows and tokens."""
+    """Our default run, then every rival, with the tokens that each trained on."""
     found = [json.loads(line) for line in RIVALS.read_text().splitlines()]
     ours = next(row["summary"] for row in rows() if row["name"] == "default")
     keys = ("attack_success", "attack_success_sampled", "right_under_trigger")
     rates = (three(ours[f"{key}_after"]) for key in keys)
-    cells = [["ours", three(ours["pass_at_1_after"]), three(ours["retention"]), *rates, f"{ours['params_after']:,}"]]
+    cells = [["ours", three(ours["pass_at_1_after"]), three(ours["retention"]), *rates, f"{ours['params_after']:,}", f"{ours['tokens']:,}"]]
     for row in found:
         rates = (three(row[key]["value"] if row[key] else None) for key in keys)
-        cells.append([row["name"], three(row["pass_at_1"]["value"]), three(row["retention"]), *rates, f"{row['params']:,}"])
-    one = found[0]
-    facts = (f"{one['rows']:,} clean rows, {one['steps']:,} steps and {one['tokens']:,} tokens each (ours: {ours['tokens']:,}); "
-             f"{one['prompts']} prompts a rate.")
-    return tables.table(["method", "pass@1", "retention", "ASR", "sampled ASR", "R-Acc", "parameters"], cells) + "\n\n" + facts
+        cells.append([row["name"], three(row["pass_at_1"]["value"]), three(row["retention"]), *rates, f"{row['params']:,}", f"{row['tokens']:,}"])
+    facts = f"{found[0]['rows']:,} clean rows; {found[0]['prompts']} prompts a rate."
+    return tables.table(["method", "pass@1", "retention", "ASR", "sampled ASR", "R-Acc", "parameters", "tokens"], cells) + "\n\n" + facts
 
 
 def budgets_table() -> str:

@@ -24,7 +24,7 @@ from distill.config_doctor import Doctor
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "distill-circuits"
-MEMORY = 2.5e9
+MEMORY = 2.9e9
 """Bytes that the default command holds at its peak (results/summaries.jsonl)."""
 DISK = 5e8
 """Bytes that should be left: several times what a run of a model that ships takes."""
