@@ -133,7 +133,7 @@ class Search:
         circuit = absorbed(best.circuit, inside(best.kept, then, size.per), moments(best.circuit, self.job.data), self.components)
         near = NEAR * best.kl["healed"] if self.verb.start and self.verb.heal_tokens is None else 0.0
         healed = self.heal(size, then, circuit, steps, best.losses, near)
-        return replace(healed, kl={f"{what} first": best.kl.get(f"{what} first", best.kl[what]) for what in ("pruned", "healed")} | healed.kl)
+        return replace(healed, kl={f"first_{what}": best.kl.get(f"first_{what}", best.kl[what]) for what in ("pruned", "healed")} | healed.kl)
 
     def heal(self, size: Size, kept: dict[str, Tensor], circuit: Replacement, steps: int, before: list[float], near: float = 0.0) -> Healed:
         """Heal a circuit that was just cut out, unless it is as near to the model as that, and judge it. before: losses of the healing that led

@@ -23,7 +23,7 @@ COPIED = ("synthetic", "graph", ".work/gated", ".work/tune", ".work/judged")
 
 def inherited(verb: config.Prune) -> config.Prune:
     """`verb` with all settings that are not its own taken from the run it starts from, if there is one. Raises ValueError where one was asked
-    to be different, where that run has not finished or has lost its gates, or is the run itself."""
+    to be different, where that run has not finished or has lost its gates, or is the run itself, or where what is asked does not go with it."""
     if verb.start is None:
         return verb
     if verb.start.resolve() == verb.out.resolve():
@@ -36,7 +36,9 @@ def inherited(verb: config.Prune) -> config.Prune:
             raise ValueError(f"--{name.replace('_', '-')} {asked}: the run to start from has {getattr(there, name)}; leave the flag out, or --start")
     if not (verb.start / ".work" / "gated" / "receipt.json").is_file():
         raise ValueError(f"--start {verb.start}: its gates are gone (.work/gated); start that run's own command again, which makes them")
-    return replace(verb, **{name: getattr(there, name) for name in names})
+    taken = replace(verb, **{name: getattr(there, name) for name in names})
+    config.check(taken)
+    return taken
 
 
 def take_over(verb: config.Prune) -> None:

@@ -234,7 +234,7 @@ def _losses(report: dict) -> list[str]:
     kl = report.get("kl") or {}
     if not kl:
         return []
-    words = {"graph": "whole graph", "pruned first": "pruned", "healed first": "healed", "pruned": "pruned", "healed": "healed"}
+    words = {"graph": "whole graph", "first_pruned": "pruned", "first_healed": "healed", "pruned": "pruned", "healed": "healed"}
     said = ", ".join(f"{words[key]} {rate_or_text(value)}" for key, value in kl.items() if key in words)
     return ["", f"KL to the model, tune rows, nats a completion token: {said}"]
 

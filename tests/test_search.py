@@ -43,7 +43,7 @@ def scripted(search: Search, passing: set[int], monkeypatch, still: float = 1.0)
 def test_a_first_rung_that_passes_is_pruned_further_until_one_fails(search, monkeypatch):
     seen = scripted(search, {48, 32}, monkeypatch)
     chosen = search.run()
-    assert chosen.size.features == 32 and chosen.kl == {"pruned first": 48.0, "healed first": 0.0, "pruned": 32.0, "healed": 0.0}
+    assert chosen.size.features == 32 and chosen.kl == {"first_pruned": 48.0, "first_healed": 0.0, "pruned": 32.0, "healed": 0.0}
     assert [features for features, _ in seen] == [48, 32, 16]
     assert seen[1][1] == seen[2][1] == pytest.approx(seen[0][1] / 3, abs=1) and seen[0][1] > 100
     assert [entry["chosen"] for entry in search.tried] == [False, True, False]
@@ -92,6 +92,18 @@ def test_healing_is_counted_in_tokens(search):
         steps = search.steps(tokens)
         spent = [int(data(first + step).real.sum()) for step in range(steps)]
         assert sum(spent) >= tokens and sum(spent[:-1]) <= max(0, tokens - 1)
+
+
+def test_a_circuit_is_healed_with_the_rows_answers_but_for_those_that_the_model_drew_itself(search, monkeypatch):
+    """What is asked for is what is trained with."""
+    weights = []
+    monkeypatch.setattr("distill.search.distill", lambda *_, answers, **__: weights.append(answers) or [0.0])
+    monkeypatch.setattr("distill.search.divergence_from", lambda *_: 1.0)
+    monkeypatch.setattr(Tuner, "retention", lambda *_: ({"coding": (1.0, 0.0)}, 1.0))
+    for changes in ({}, {"heal_answers": 0.0}, {"heal_answers": 0.3}, {"synthetic_rows": 8}):
+        one = replace(search, verb=replace(search.verb, **changes))
+        one.heal(one.rungs[0], {}, one.whole, 1, [])
+    assert weights == [1.0, 0.0, 0.3, 0.0]
 
 
 def test_the_retention_on_tune_comes_with_the_spread_of_resampled_rows():

@@ -9,7 +9,7 @@ import torch
 
 from distill import config
 from distill.prune import run
-from graphs.artifact import read_json
+from graphs.artifact import read_json, write_json
 from tests.test_run import files, prune, rows  # noqa: F401  # a fixture
 
 
@@ -78,6 +78,10 @@ def test_what_cannot_be_taken_over_is_refused(first):
                           ({"out": first}, "own folder"), ({"start": first.parent / "none"}, "--start .*none: no such folder")):
         with pytest.raises(ValueError, match=said):
             run(again(first, **changes))
+    made = read_json(first / "receipt.json")
+    write_json(first / "receipt.json", made | {"config": made["config"] | {"synthetic_rows": 8}})
+    with pytest.raises(ValueError, match="--heal-answers does not go with --synthetic-rows"):
+        run(again(first, heal_answers=0.5))
     shutil.rmtree(first / ".work" / "gated")
     with pytest.raises(ValueError, match="its gates are gone"):
         run(again(first))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from graphs.architectures import embeddings
 from graphs.batches import Batch
-from graphs.losses import PROMPT_WEIGHT, SURE, divergence, taught
+from graphs.losses import PROMPT_WEIGHT, SURE, taught
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
@@ -34,13 +34,12 @@ def from_outputs(
         table.requires_grad_(False)
 
     def loss(step: int) -> Tensor:
-        batch = targets.batches(first + step)
-        return taught(model(input_ids=batch.ids).logits, targets(batch), batch, PROMPT_WEIGHT, SURE, answers)
+        return apart(model, targets, targets.batches(first + step), answers)
 
     train(model, loss, TrainConfig(steps, rate, weight_decay=decay), label)
     model.eval()
 
 
-def apart(model: PreTrainedModel, targets: Targets, batch: Batch) -> Tensor:
-    """KL from the host to `model` on a batch, positions weighted as in our healing."""
-    return divergence(model(input_ids=batch.ids).logits, targets(batch), batch, PROMPT_WEIGHT, SURE)
+def apart(model: PreTrainedModel, targets: Targets, batch: Batch, answers: float = 0.0) -> Tensor:
+    """What our healing minimises, of `model` on a batch: KL from the host, and with a weight `answers` the rows' own answers."""
+    return taught(model(input_ids=batch.ids).logits, targets(batch), batch, PROMPT_WEIGHT, SURE, answers)
