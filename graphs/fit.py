@@ -144,9 +144,9 @@ def transcoder_loss(
     part: Transcoder, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"], config: FitConfig, spread: float
 ) -> Float[Tensor, ""]:
     """FVU of one transcoder, and its sparsity penalty. spread: of its outputs."""
-    size, target = part.w_dec.norm(dim=1) / spread * config.features**0.5 / 4, y if part.skip_in is None else y - part.through(x)
+    target, scale = y if part.skip_in is None else y - part.through(x), config.features**0.5 / 4 / spread
     weight = config.sparsity * weighed(x.new_tensor(1 / len(x)), len(x))
-    return fused(x, target, part.w_enc, part.b_enc, part.w_dec, part.b_dec, size, variance(y), weight)
+    return fused(x, target, part.w_enc, part.b_enc, part.w_dec, part.b_dec, scale, variance(y), weight)
 
 
 def local_loss(host: Host, replacement: Replacement, batch: Batch, config: FitConfig, spread: dict[str, float]) -> Float[Tensor, ""]:
