@@ -20,7 +20,7 @@ from torch import Tensor
 
 ops = torch.ops.aten
 CHUNK = 64
-"""Tokens at a time between the products: activations of a few thousand features stay in the second-level cache."""
+"""Tokens at a time between the products, on a processor: activations of a few thousand features stay in the second-level cache."""
 
 
 def fused(
@@ -45,9 +45,10 @@ class _Loss(torch.autograd.Function):
             x, enc, dec, norm = x.to(dtype), w_enc.to(dtype), w_dec.to(dtype), w_dec.norm(dim=1)
             active = torch.addmm(b_enc.to(dtype), x, enc.T)
             back = torch.empty_like(active) if trained else None
-            held, sigmoids, d_norm, d_bias = x.new_empty(CHUNK, len(enc)), y.new_zeros(()), torch.zeros_like(norm), torch.zeros_like(norm)
+            step = CHUNK if kind == "cpu" else len(x)
+            held, sigmoids, d_norm, d_bias = x.new_empty(step, len(enc)), y.new_zeros(()), torch.zeros_like(norm), torch.zeros_like(norm)
             twice, steep = (2 * scale * norm).to(dtype), (4 * weight * scale * norm).to(dtype)
-            chunks = [slice(start, start + CHUNK) for start in range(0, len(x), CHUNK)]
+            chunks = [slice(start, start + step) for start in range(0, len(x), step)]
             for rows in chunks:
                 a = active[rows].relu_()
                 bent = torch.mul(a, twice, out=held[: len(a)]).sigmoid_()

@@ -5,11 +5,11 @@ Of several processes each takes them on its share of a batch; the mean over proc
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from graphs.batches import Batch
+from graphs.following import following
 from graphs.shares import averaged, center, weighed
 
 PROMPT_WEIGHT = 0.1
@@ -40,11 +40,7 @@ def divergence(
     Positions that predict the completion count 1, and so do those of the prompt where the target's likeliest token has a
     probability above `sure` (a prompt may hold solved examples); the prompt's others count `prompt_weight`.
     """
-    predicts = batch.real[:, 1:]
-    q, p = logits[:, :-1][predicts].log_softmax(-1), target[:, :-1][predicts].log_softmax(-1)
-    known = batch.completion[:, 1:][predicts] | (p.detach().amax(-1).exp() > sure)
-    weight = torch.where(known, 1.0, prompt_weight)
-    return ((p.exp() * (p - q)).sum(-1) * weight).sum() / averaged(weight.sum())
+    return following(logits, target, batch, prompt_weight, sure)
 
 
 def taught(
@@ -56,9 +52,7 @@ def taught(
 
     At T = 1 the answers would pull the student away from the host on all else (LOG.md).
     """
-    if not answers:
-        return divergence(logits, target, batch, prompt_weight, sure)
-    return SOFT**2 * divergence(logits / SOFT, target / SOFT, batch, prompt_weight, sure) + answers * answers_loss(logits, batch)
+    return following(logits, target, batch, prompt_weight, sure, *((SOFT, answers) if answers else ()))
 
 
 def completion_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
