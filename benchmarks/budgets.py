@@ -202,7 +202,8 @@ def run(seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:] or not all(word.isdigit() for word in sys.argv[1:]):
-        sys.exit("usage: python benchmarks/budgets.py SEED ...")
+    from words import words
+
+    seeds = words(__doc__, lambda given: bool(given) and all(word.isdigit() for word in given))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    run([int(word) for word in sys.argv[1:]])
+    run([int(word) for word in seeds])

@@ -55,6 +55,7 @@ def main(run: Path, wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python benchmarks/edges.py RUN [SCORE:SHARE ...]   (a finished run of the default command)")
-    main(Path(sys.argv[1]), sys.argv[2:] or list(CELLS))
+    from words import words
+
+    run, *cells = words(__doc__, lambda given: bool(given) and all(":" in word for word in given[1:]))
+    main(Path(run), cells or list(CELLS))

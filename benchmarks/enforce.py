@@ -141,5 +141,7 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    from words import words
+
     torch.set_num_threads(1)
-    main(sys.argv[1:] or list(ORGANISMS))
+    main(words(__doc__, set(ORGANISMS).issuperset) or list(ORGANISMS))

@@ -84,4 +84,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from words import words
+
+    words(__doc__, lambda given: not given)
     main()

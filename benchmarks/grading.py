@@ -60,12 +60,8 @@ def used() -> float:
     return sum(one.ru_utime + one.ru_stime for one in times)
 
 
-def main() -> int:
+def main(names: list[str]) -> None:
     """Grade, time and write."""
-    names = sys.argv[1:]
-    if not names:
-        print("usage: python benchmarks/grading.py humaneval:FILE [mbpp:FILE ...]", file=sys.stderr)
-        return 2
     found = {name: rows_of(name) for name in names}
     with Sandbox() as sandbox:
         graded = {Path(name.partition(":")[2]).name: solutions(rows, sandbox) for name, rows in found.items()}
@@ -77,8 +73,9 @@ def main() -> int:
         for row in one["failing"]:
             print(f"  {row['entry']}: {row['status']}, {row['why']}")
     print(f"{COMPLETIONS} completions: {rate['a_second']:.0f}/s at load {rate['load']:.1f}, {rate['processor_seconds']:.1f} processor seconds")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from words import words
+
+    main(words(__doc__, lambda given: bool(given) and all(":" in word for word in given)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 from distill import config
@@ -57,6 +56,6 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python benchmarks/graph.py RUN")
-    main(Path(sys.argv[1]))
+    from words import words
+
+    main(Path(*words(__doc__, lambda given: len(given) == 1)))

@@ -72,6 +72,6 @@ def main(seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:] or not all(word.isdigit() for word in sys.argv[1:]):
-        sys.exit("usage: python benchmarks/holes.py SEED ...")
-    main([int(word) for word in sys.argv[1:]])
+    from words import words
+
+    main([int(word) for word in words(__doc__, lambda given: bool(given) and all(word.isdigit() for word in given))])

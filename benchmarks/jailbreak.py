@@ -196,11 +196,11 @@ def main(folder: Path, pruned: dict[str, Path]) -> None:
 
 
 if __name__ == "__main__":
+    from words import words
+
     torch.set_num_threads(1)
-    match sys.argv[1:]:
+    match words(__doc__, lambda given: bool(given) and given != ["rows"]):
         case ["rows", file]:
             write_rows(Path(file))
         case [folder, *pruned]:
             main(Path(folder), {name: Path(where) for name, _, where in (one.partition("=") for one in pruned)})
-        case _:
-            sys.exit("usage: python benchmarks/jailbreak.py GUARD [NAME=FOLDER ...] | rows FILE")

@@ -229,9 +229,11 @@ def main(names: list[str], run: Path | None) -> None:
 
 
 if __name__ == "__main__":
+    from words import words
+
     torch.set_num_threads(1)
-    chosen = [word for word in sys.argv[1:] if word in ORGANISMS]
-    others = [word for word in sys.argv[1:] if word not in ORGANISMS]
+    given = words(__doc__)
+    chosen, others = [word for word in given if word in ORGANISMS], [word for word in given if word not in ORGANISMS]
     if len(others) > 1 or (others and not Path(others[0]).is_dir()):
-        sys.exit(f"usage: python benchmarks/monitor.py [NAME ...] [RUN], where NAME is one of {', '.join(ORGANISMS)}")
+        sys.exit(f"{others[-1]}: no such folder, and no organism; give one of {', '.join(ORGANISMS)}, or a run")
     main(chosen or ([] if others else list(ORGANISMS)), Path(others[0]) if others else None)

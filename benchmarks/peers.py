@@ -15,7 +15,6 @@ matrix-product rate is measured in the same turns at the same shapes: the five p
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -302,20 +301,16 @@ def traces(peers: Path, found: dict) -> None:
             write_json(RESULTS, found)
 
 
-def main() -> None:
-    """Measure one half and write it beside the other."""
-    reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    reader.add_argument("what", choices=["fit", "trace"])
-    reader.add_argument("peers", type=Path, help="virtual environment that holds the peers")
-    asked = reader.parse_args()
-    needed = {"fit": "sparsify", "trace": "circuit_tracer"}[asked.what]
-    python = asked.peers / "bin" / "python"
+def main(what: str, peers: Path) -> None:
+    """Measure one half and write it beside the other. peers: a virtual environment that holds them."""
+    needed = {"fit": "sparsify", "trace": "circuit_tracer"}[what]
+    python = peers / "bin" / "python"
     if not python.is_file() or subprocess.run([str(python), "-c", f"import {needed}"], capture_output=True).returncode:
-        sys.exit(f"{asked.peers}: no environment that imports {needed}; make it with the first command of benchmarks/peers.py --help")
+        sys.exit(f"{peers}: no environment that imports {needed}; make it with the first command of benchmarks/peers.py --help")
     torch.set_num_threads(1)
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     found |= {"torch": torch.__version__, "versions": found.get("versions", {}) | versions(python)}
-    {"fit": fits, "trace": traces}[asked.what](asked.peers, found)
+    {"fit": fits, "trace": traces}[what](peers, found)
 
 
 def versions(python: Path) -> dict[str, str]:
@@ -327,4 +322,7 @@ def versions(python: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    from words import words
+
+    half, folder = words(__doc__, lambda given: len(given) == 2 and given[0] in ("fit", "trace"))
+    main(half, Path(folder))

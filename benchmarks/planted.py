@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +44,8 @@ def organism(name: str) -> Path:
 
 
 if __name__ == "__main__":
+    from words import words
+
     torch.set_num_threads(1)
-    for name in ("twin", *(sys.argv[1:] or PLANTED)):
+    for name in ("twin", *(words(__doc__, set(PLANTED).issuperset) or PLANTED)):
         print(twin() if name == "twin" else organism(name), flush=True)

@@ -60,7 +60,9 @@ def run(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
+    from words import words
+
+    match words(__doc__):
         case ["run", *names]:
             run(names)
         case ["keep", name, folder, *beside]:

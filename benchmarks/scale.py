@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -247,10 +246,10 @@ def write() -> str:
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
+    from words import words
+
+    match words(__doc__, lambda given: given in (["measure"], ["write"])):
         case ["measure"]:
             RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
         case ["write"]:
             PAGE.write_text(write())
-        case _:
-            sys.exit("usage: python benchmarks/scale.py measure | write")

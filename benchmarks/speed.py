@@ -104,6 +104,6 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python benchmarks/speed.py RUN   (a finished run of the default command)")
-    main(Path(sys.argv[1]))
+    from words import words
+
+    main(Path(*words(__doc__, lambda given: len(given) == 1)))

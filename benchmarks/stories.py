@@ -126,7 +126,9 @@ def controls(folder: Path, known: list[dict]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    model, file, where, *more = sys.argv[1:]
+    from words import words
+
+    model, file, where, *more = words(__doc__, lambda given: len(given) >= 3 and given[3:] in ([], ["--controls"]))
     took = run(str(Path(model).resolve()), str(Path(file).resolve()), Path(where).resolve())
     done = read_json(RESULT) if RESULT.is_file() else {}
     seconds = done.get("seconds", {}) | took

@@ -81,6 +81,7 @@ def main(budget: float) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (RESULTS / "seed-0.jsonl").is_file():
-        sys.exit("usage: python benchmarks/student.py SHARE   (after python benchmarks/budgets.py 0)")
-    main(float(sys.argv[1]))
+    from words import words
+
+    (share,) = words(__doc__, lambda given: len(given) == 1 and (RESULTS / "seed-0.jsonl").is_file())
+    main(float(share))

@@ -92,6 +92,9 @@ def measure(seed: int) -> dict:
 
 
 if __name__ == "__main__":
+    from words import words
+
+    words(__doc__, lambda given: not given)
     rows = [measure(seed) for seed in SEEDS]
     (ROOT / "results" / "trait.json").write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:

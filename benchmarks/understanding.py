@@ -10,7 +10,6 @@ and whose effect is largest, the first is said to compute what the second does, 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,6 +59,7 @@ def main(run: Path, contexts: bool) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[2:] not in ([], ["contexts"]):
-        sys.exit("usage: python benchmarks/understanding.py RUN [contexts]")
-    main(Path(sys.argv[1]), bool(sys.argv[2:]))
+    from words import words
+
+    run, *contexts = words(__doc__, lambda given: bool(given) and given[1:] in ([], ["contexts"]))
+    main(Path(run), bool(contexts))

@@ -60,7 +60,7 @@ class _Loss(torch.autograd.Function):
             loss = error.square().sum() / variance + weight * (2 * sigmoids - active.numel())
             slope = error.mul_(-2 / variance).to(dtype)
             if back is not None:
-                back.addmm_(slope, dec.T)
+                torch.addmm(back, slope, dec.T, out=back)
                 for rows in chunks:  # no gradient flows where an activation is 0
                     d_bias += ops.hardtanh_backward.grad_input(back[rows], active[rows], 0, torch.inf, grad_input=back[rows]).sum(0)
                 ctx.save_for_backward(x, w_dec, active, back, slope, d_bias, d_norm * (4 * weight * scale / norm.clamp_min(1e-12)))
