@@ -144,7 +144,7 @@ def transcoder_loss(
     part: Transcoder, x: Float[Tensor, "token d_in"], y: Float[Tensor, "token d_out"], config: FitConfig, spread: float
 ) -> Float[Tensor, ""]:
     """FVU of one transcoder, and its sparsity penalty. spread: of its outputs."""
-    target, scale = y if part.skip_in is None else y - part.through(x), config.features**0.5 / 4 / spread
+    target, scale = y if part.skip_in is None else y - part.through(x), config.features**0.5 / 4 / max(spread, 1e-8)
     weight = config.sparsity * weighed(x.new_tensor(1 / len(x)), len(x))
     return fused(x, target, part.w_enc, part.b_enc, part.w_dec, part.b_dec, scale, variance(y), weight)
 

@@ -21,7 +21,7 @@ from graphs.batches import Batch
 from graphs.shares import averaged
 
 CHUNK = 1 << 16
-"""Logits at a time on a processor: the arrays of that size that a chunk needs stay in the second-level cache."""
+"""Logits at a time of each thread of a processor: the arrays of that size that a chunk needs stay in the second-level cache."""
 
 
 def following(
@@ -29,7 +29,7 @@ def following(
     temperature: float = 1.0, answers: float = 0.0,
 ) -> Float[Tensor, ""]:
     """The loss, over positions that predict a real token: w is 1 where that is one of the completion or where the target gives a token more than
-    `sure`, else `prompt_weight`. answers: weight of the rows' own completions."""
+    `sure`, else `prompt_weight`, and 0 at pads, whose logits must be finite. answers: weight of the rows' own completions."""
     return _Following.apply(logits, target.detach(), batch, prompt_weight, sure, temperature, answers)
 
 
@@ -42,7 +42,7 @@ class _Following(torch.autograd.Function):
             wide, full = logits.shape[-1], torch.promote_types(logits.dtype, torch.float32)
             given, followed = logits.flatten(0, 1), target.flatten(0, 1)
             real, completion, ids = (_next(one).flatten() for one in (batch.real, batch.completion, batch.ids))
-            step = max(1, CHUNK // wide) if logits.device.type == "cpu" else len(given)
+            step = max(1, CHUNK * torch.get_num_threads() // wide) if logits.device.type == "cpu" else len(given)
             chunks = [slice(start, start + step) for start in range(0, len(given), step)]
 
             def host(rows: slice) -> Tensor:
@@ -50,7 +50,7 @@ class _Following(torch.autograd.Function):
 
             known = completion | (torch.cat([host(rows).amax(-1) for rows in chunks]).exp() > sure) if sure < 1 else completion
             weight = torch.where(known, 1.0, prompt_weight).to(full) * real
-            each, answered = temperature**2 / averaged(weight.sum()), answers / averaged(completion.sum().to(full)).clamp_min(1)
+            each, answered = temperature**2 / averaged(weight.sum()), answers / averaged(completion.sum().to(full)).clamp_min(1e-6)  # none: no such term
             gradient = torch.empty_like(given) if ctx.needs_input_grad[0] else None
             loss = given.new_zeros((), dtype=full)
             for rows in chunks:

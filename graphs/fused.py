@@ -17,6 +17,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ops = torch.ops.aten
 CHUNK = 64
@@ -46,18 +47,20 @@ class _Loss(torch.autograd.Function):
             active = torch.addmm(b_enc.to(dtype), x, enc.T)
             back = torch.empty_like(active) if trained else None
             step = CHUNK if kind == "cpu" else len(x)
-            held, sigmoids, d_norm, d_bias = x.new_empty(step, len(enc)), y.new_zeros(()), torch.zeros_like(norm), torch.zeros_like(norm)
+            held, above = x.new_empty(2, step, len(enc)), norm.new_zeros(())
+            d_norm, d_bias = torch.zeros_like(norm), torch.zeros_like(norm)
             twice, steep = (2 * scale * norm).to(dtype), (4 * weight * scale * norm).to(dtype)
             chunks = [slice(start, start + step) for start in range(0, len(x), step)]
             for rows in chunks:
                 a = active[rows].relu_()
-                bent = torch.mul(a, twice, out=held[: len(a)]).sigmoid_()
-                sigmoids += bent.view(-1, math.gcd(bent.numel(), 64)).sum(1).sum(dtype=norm.dtype)
+                bent = torch.mul(a, twice, out=held[0, : len(a)]).sigmoid_()
+                more = torch.sub(bent, 0.5, out=held[1, : len(a)])  # first, and exact: of halves nothing else would be left in bf16
+                above += more.view(-1, math.gcd(more.numel(), 64)).sum(1).sum(dtype=norm.dtype)
                 if back is not None:  # sigmoid_backward(g, s) is g (s - s^2): a quarter of g times the slope of tanh
                     d_norm += ops.sigmoid_backward.grad_input(a, bent, grad_input=back[rows]).sum(0)
                     ops.sigmoid_backward.grad_input(steep, bent, grad_input=back[rows])
             error = y - (active @ dec).to(y.dtype) - b_dec
-            loss = error.square().sum() / variance + weight * (2 * sigmoids - active.numel())
+            loss = error.square().sum() / variance + 2 * weight * above
             slope = error.mul_(-2 / variance).to(dtype)
             if back is not None:
                 torch.addmm(back, slope, dec.T, out=back)
@@ -67,12 +70,14 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, arriving):
         x, w_dec, active, back, slope, d_bias, along = ctx.saved_tensors
         full = along.dtype
         with torch.autocast(x.device.type, enabled=False):
             d_dec = (active.T @ slope).to(full).addcmul_(w_dec, along[:, None])
             found = [None, -slope if ctx.needs_input_grad[1] else None, back.T @ x, d_bias, d_dec, slope.sum(0)]
-            if x.device.type == "cpu" and arriving == 1:  # the rule, and multiplying would be one more pass
-                arriving = None
-            return *(one if one is None else one.to(full) if arriving is None else one.to(full).mul_(arriving) for one in found), None, None, None
+            found = [one if one is None else one.to(full) for one in found]
+            if x.device.type != "cpu" or arriving != 1:  # 1 is the rule, and multiplying would be one more pass
+                found = [one if one is None else one * arriving for one in found]
+            return *found, None, None, None

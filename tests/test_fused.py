@@ -51,3 +51,16 @@ def test_without_gradients_the_value_is_the_same():
     with torch.no_grad():
         quiet = ours(*made, torch.tensor(3.0), 0.01)
     assert torch.equal(quiet, ours(*made, torch.tensor(3.0), 0.01).detach())
+
+
+def test_a_sparse_penalty_is_not_lost_in_the_rounding_of_its_sum():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(512, 16, generator=generator), torch.zeros(512, 16)
+    w_enc, w_dec = torch.randn(1024, 16, generator=generator) / 4, torch.randn(1024, 16, generator=generator) / 32
+    for bias in (-2.5, -3.2):  # a few active features a token; fewer than one
+        made = [x, y, w_enc, torch.full((1024,), bias), w_dec, torch.zeros(16)]
+        nothing, all_ = torch.tensor(1e30), 1 / 512
+        wanted = plain(*made, nothing, all_)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ours(x, y.bfloat16(), *made[2:], nothing, all_)
+        assert 0 < wanted < 3 and abs(found - wanted) <= 0.03 * wanted
