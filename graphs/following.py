@@ -28,8 +28,8 @@ def following(
     logits: Float[Tensor, "row token vocabulary"], target: Float[Tensor, "row token vocabulary"], batch: Batch, prompt_weight: float, sure: float,
     temperature: float = 1.0, answers: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """The loss, over positions that predict a real token: w is 1 where that is one of the completion or where the target gives a token more than
-    `sure`, else `prompt_weight`, and 0 at pads, whose logits must be finite. answers: weight of the rows' own completions."""
+    """The loss, over positions that predict a real token: w is 1 where that is one of the completion or where the target (at temperature 1) gives a
+    token more than `sure`, else `prompt_weight`, and 0 at pads, whose logits must be finite. answers: weight of the rows' own completions."""
     return _Following.apply(logits, target.detach(), batch, prompt_weight, sure, temperature, answers)
 
 
@@ -45,17 +45,16 @@ class _Following(torch.autograd.Function):
             step = max(1, CHUNK * torch.get_num_threads() // wide) if logits.device.type == "cpu" else len(given)
             chunks = [slice(start, start + step) for start in range(0, len(given), step)]
 
-            def host(rows: slice) -> Tensor:
-                return (followed[rows].to(full) / temperature).log_softmax(-1)
-
-            known = completion | (torch.cat([host(rows).amax(-1) for rows in chunks]).exp() > sure) if sure < 1 else completion
+            known = completion
+            if sure < 1:  # of the target as it is: softened, it is sure of next to nothing
+                known = known | (torch.cat([followed[rows].to(full).log_softmax(-1).amax(-1) for rows in chunks]).exp() > sure)
             weight = torch.where(known, 1.0, prompt_weight).to(full) * real
             each, answered = temperature**2 / averaged(weight.sum()), answers / averaged(completion.sum().to(full)).clamp_min(1e-6)  # none: no such term
             gradient = torch.empty_like(given) if ctx.needs_input_grad[0] else None
             loss = given.new_zeros((), dtype=full)
             for rows in chunks:
                 own = given[rows].to(full)
-                p, q = host(rows), (own / temperature).log_softmax(-1)
+                p, q = ((one / temperature).log_softmax(-1) for one in (followed[rows].to(full), own))
                 share = p.exp()
                 loss += each * torch.dot(weight[rows], p.sub_(q).mul_(share).sum(-1))
                 found = None if gradient is None else q.exp_().sub_(share).mul_((each / temperature * weight[rows])[:, None])

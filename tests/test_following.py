@@ -10,7 +10,7 @@ from graphs.batches import Batch
 def plain(logits, target, batch, prompt_weight, sure, temperature=1.0, answers=0.0):
     predicts = batch.real[:, 1:]
     q, p = ((one / temperature)[:, :-1][predicts].log_softmax(-1) for one in (logits, target))
-    known = batch.completion[:, 1:][predicts] | (p.amax(-1).exp() > sure)
+    known = batch.completion[:, 1:][predicts] | (target[:, :-1][predicts].softmax(-1).amax(-1) > sure)
     weight = torch.where(known, 1.0, prompt_weight)
     kl = ((p.exp() * (p - q)).sum(-1) * weight).sum() / weight.sum()
     labels = batch.ids[:, 1:].masked_fill(~batch.completion[:, 1:], -100)
