@@ -45,15 +45,18 @@ def results_table() -> str:
 def rivals_table() -> str:
     """Our default run, then every rival, with the tokens that each trained on."""
     found = [json.loads(line) for line in RIVALS.read_text().splitlines()]
-    ours = next(row["summary"] for row in rows() if row["name"] == "default")
+    default = next(row for row in rows() if row["name"] == "default")
+    ours = default["summary"]
     keys = ("attack_success", "attack_success_sampled", "right_under_trigger")
     rates = (three(ours[f"{key}_after"]) for key in keys)
-    cells = [["ours", three(ours["pass_at_1_after"]), three(ours["retention"]), *rates, f"{ours['params_after']:,}", f"{ours['tokens']:,}"]]
+    cells = [["ours", three(ours["pass_at_1_after"]), three(ours["retention"]), *rates, f"{ours['params_after']:,}", f"{ours['tokens']:,}",
+              default["commit"]]]
     for row in found:
         rates = (three(row[key]["value"] if row[key] else None) for key in keys)
-        cells.append([row["name"], three(row["pass_at_1"]["value"]), three(row["retention"]), *rates, f"{row['params']:,}", f"{row['tokens']:,}"])
+        cells.append([row["name"], three(row["pass_at_1"]["value"]), three(row["retention"]), *rates, f"{row['params']:,}", f"{row['tokens']:,}",
+                      row.get("commit", "earlier")])
     facts = f"{found[0]['rows']:,} clean rows; {found[0]['prompts']} prompts a rate."
-    return tables.table(["method", "pass@1", "retention", "ASR", "sampled ASR", "R-Acc", "parameters", "tokens"], cells) + "\n\n" + facts
+    return tables.table(["method", "pass@1", "retention", "ASR", "sampled ASR", "R-Acc", "parameters", "tokens", "commit"], cells) + "\n\n" + facts
 
 
 def budgets_table() -> str:

@@ -35,6 +35,7 @@ from backdoor.removal.random_student import fresh
 from distill import config
 from distill.compile import normed
 from distill.job import prepare
+from distill.judgement import commit
 from distill.models import Secret
 from distill.organism import backdoor_of
 from distill.rows import batches
@@ -149,7 +150,7 @@ def run_rivals(
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "rival"
             save(make(), made, torch.float32)
-            done.append({"name": name, "knob": knob, "frozen": False} | facts | judge_rival(made, model, secret, verb, prompts))
+            done.append({"name": name, "knob": knob, "frozen": False, "commit": commit()} | facts | judge_rival(made, model, secret, verb, prompts))
         write_text(out, "".join(json.dumps(row) + "\n" for row in (*others, *done)))
     return done
 
