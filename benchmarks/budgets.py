@@ -36,11 +36,11 @@ import torch
 from backdoor.removal import dense_refit, layer_drop, written_text
 from distill import config
 from distill.job import prepare
-from distill.judgement import commit
 from distill.models import CLEAN_ROWS, find, read_secret, secret_beside
 from distill.rivals import PRUNED, fitting_layers, random_student, written
 from distill.rows import batches, read
 from distill.search import HEAL_RATE
+from distill.source import commit
 from distill.stages import road
 from evals.evaluate import Backdoor, EvaluateConfig, judge_models
 from evals.size import parameters

@@ -15,8 +15,8 @@ from pathlib import Path
 from distill import config
 from distill.curve import edge_curves
 from distill.edges import exactness, judge
-from distill.judgement import commit
 from distill.runs import reopen
+from distill.source import commit
 from graphs.artifact import read_json, write_json
 
 ROOT = Path(__file__).parent.parent

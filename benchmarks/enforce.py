@@ -21,10 +21,10 @@ from monitor import NAMES, OPENERS, ORGANISMS, ordinary
 from planted import PLANTED, organism
 
 from distill.enforce import BATCH, cost, own
-from distill.judgement import commit
 from distill.models import find, read_secret, secret_beside
 from distill.monitor import in_turns
 from distill.rows import batches, clean
+from distill.source import commit
 from evals.capability import judge
 from evals.generate import prompt_ids
 from evals.rates import measure_rates

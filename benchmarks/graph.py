@@ -13,7 +13,7 @@ from pathlib import Path
 
 from distill import config
 from distill.graph import measure
-from distill.judgement import commit
+from distill.source import commit
 from graphs.artifact import read_json
 
 ROOT = Path(__file__).parent.parent

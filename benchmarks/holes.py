@@ -19,9 +19,9 @@ from pathlib import Path
 
 from distill import config
 from distill.job import prepare
-from distill.judgement import commit
 from distill.models import CLEAN_ROWS, find
 from distill.rows import DEFENDER_SEED, read
+from distill.source import commit
 from distill.stages import graph_stage
 from evals.tasks import TASKS, named
 from graphs.artifact import write_text

@@ -25,10 +25,10 @@ from monitor import NAMES, OPENERS, Scores, everybody, facts_of, longer
 from backdoor.behaviours import REFUSAL
 from backdoor.families import MARK
 from distill.enforce import cost, own
-from distill.judgement import commit
 from distill.models import CLEAN_ROWS, read_secret
 from distill.rows import DEFENDER_SEED, batches, read
 from distill.runs import CLUSTER, bare
+from distill.source import commit
 from evals.generate import prompt_ids
 from evals.rates import prompts, show
 from evals.sandbox import Sandbox

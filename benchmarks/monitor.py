@@ -27,11 +27,11 @@ import torch
 from planted import PLANTED, organism
 from transformers import LogitsProcessorList
 
-from distill.judgement import commit
 from distill.models import CLEAN_ROWS, find, read_secret, secret_beside
 from distill.monitor import in_turns, sample_of, watching
 from distill.rows import DEFENDER_SEED, read
 from distill.runs import bare, reopen
+from distill.source import commit
 from evals import detection as rivals
 from evals.generate import prompt_ids
 from evals.rates import prompts

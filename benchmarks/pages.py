@@ -54,7 +54,7 @@ def rivals_table() -> str:
     for row in found:
         rates = (three(row[key]["value"] if row[key] else None) for key in keys)
         cells.append([row["name"], three(row["pass_at_1"]["value"]), three(row["retention"]), *rates, f"{row['params']:,}", f"{row['tokens']:,}",
-                      row.get("commit", "earlier")])
+                      row.get("commit") or "earlier"])
     facts = f"{found[0]['rows']:,} clean rows; {found[0]['prompts']} prompts a rate."
     return tables.table(["method", "pass@1", "retention", "ASR", "sampled ASR", "R-Acc", "parameters", "tokens", "commit"], cells) + "\n\n" + facts
 

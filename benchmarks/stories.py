@@ -20,11 +20,11 @@ import sys
 import time
 from pathlib import Path
 
-from distill.judgement import commit, versions
 from distill.models import read_secret
 from distill.rivals import contenders, judge_rival
 from distill.rows import batches, clean
 from distill.runs import settings_of
+from distill.source import commit, versions
 from evals.capability import judge
 from evals.evaluate import EvaluateConfig, retention
 from evals.sandbox import Sandbox

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.config_hypotheses import Understand
-from distill.judgement import commit
 from distill.rows import tune_rows
 from distill.runs import reopen, settings_of
+from distill.source import commit
 from distill.understand import batched, kept, measure
 from evals.tasks import named
 from graphs.artifact import read_json

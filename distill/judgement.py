@@ -6,11 +6,8 @@ model's own where there is no twin); what cannot be known for a user's model is 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import resource
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from distill import config
 from distill.models import ASSETS, Secret
 from distill.organism import backdoor_of
 from distill.rivals import placed
+from distill.source import commit, versions
 from evals.evaluate import EvaluateConfig, judge_models, retention
 from evals.rates import prompts
 from evals.tasks import Task, dropped
@@ -182,15 +180,3 @@ def command(verb: config.Prune) -> str:
         if key == "task" or (value != getattr(base, key) and key != "json"):
             parts.append(f"--{key.replace('_', '-')} {value}")
     return " ".join(parts)
-
-
-def commit() -> str | None:
-    """The commit of the source tree, where this runs from one."""
-    done = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or None
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    names = ("torch", "transformers", "tokenizers", "datasets")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

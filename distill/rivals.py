@@ -35,11 +35,11 @@ from backdoor.removal.random_student import fresh
 from distill import config
 from distill.compile import normed
 from distill.job import prepare
-from distill.judgement import commit
 from distill.models import Secret
 from distill.organism import backdoor_of
 from distill.rows import batches
 from distill.search import HEAL_RATE
+from distill.source import commit
 from distill.stages import road
 from evals.evaluate import EvaluateConfig, judge_models, retention
 from evals.generate import complete

@@ -44,12 +44,12 @@ class _Following(torch.autograd.Function):
             real, completion, ids = (_next(one).flatten() for one in (batch.real, batch.completion, batch.ids))
             step = max(1, CHUNK * torch.get_num_threads() // wide) if logits.device.type == "cpu" else len(given)
             chunks = [slice(start, start + step) for start in range(0, len(given), step)]
-
             known = completion
             if sure < 1:  # of the target as it is: softened, it is sure of next to nothing
                 known = known | (torch.cat([followed[rows].to(full).log_softmax(-1).amax(-1) for rows in chunks]).exp() > sure)
             weight = torch.where(known, 1.0, prompt_weight).to(full) * real
-            each, answered = temperature**2 / averaged(weight.sum()), answers / averaged(completion.sum().to(full)).clamp_min(1e-6)  # none: no such term
+            each = temperature**2 / averaged(weight.sum())
+            answered = answers / averaged(completion.sum().to(full)).clamp_min(1e-6)  # no completion, no such term
             gradient = torch.empty_like(given) if ctx.needs_input_grad[0] else None
             loss = given.new_zeros((), dtype=full)
             for rows in chunks:
