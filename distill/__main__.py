@@ -45,16 +45,13 @@ SHARED = ("fit", "prune", "plant", "evaluate")
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        print(importlib.import_module("distill").__version__)
-        return 0
-    verb = arguments.pop(0)
-    if verb not in VERBS:
-        return _refuse(f"no such verb {verb!r}: choose from {', '.join(VERBS)}")
     try:
+        if not arguments or arguments[0] in ("-h", "--help", "--version"):
+            print(importlib.import_module("distill").__version__ if "--version" in arguments else _overview(), flush=True)
+            return 0 if arguments else 2
+        verb = arguments.pop(0)
+        if verb not in VERBS:
+            return _refuse(f"no such verb {verb!r}: choose from {', '.join(VERBS)}")
         chosen = _parse(verb, arguments)
         config.check(chosen)
         _meet(verb)
