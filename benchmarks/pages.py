@@ -103,6 +103,25 @@ def speed_table() -> str:
     return tables.table(["model", "made smaller as", "parameters", "what", "tokens a second, against the whole"], cells) + "\n\n" + facts
 
 
+def scaling_table() -> str:
+    """How a step grows along each axis, and the exponents."""
+    found = json.loads((ROOT / "results" / "scaling.json").read_text())
+    base, cells = found["base"], []
+    for axis in base:
+        along = sorted((row for row in found["rows"] if all(row["point"][key] == base[key] for key in base if key != axis)),
+                       key=lambda row: row["point"][axis])
+        clock = "clock" if axis == "processes" else "processor"
+        for stage in along[0]["stages"]:
+            slopes = found["exponents"].get(axis, {}).get(stage)
+            cells.append([f"{axis} {', '.join(format(row['point'][axis], ',') for row in along)}", stage,
+                          ", ".join(f"{1000 * row['stages'][stage][clock]:,.0f}" for row in along),
+                          *(f"{slopes[key]:.2f}" if slopes else "-" for key in ("processor", "operations")),
+                          ", ".join(f"{row['stages'][stage]['memory'] / 1e6:,.0f}" for row in along)])
+    others = ", ".join(f"{name} {value:,}" for name, value in base.items())
+    facts = f"The others as here: {others}. float32, one thread a process, torch {found['torch']}; of processes the clock's time."
+    return tables.table(["along", "step", "milliseconds", "exponent", "of the operations", "MB more at most"], cells) + "\n\n" + facts
+
+
 def times(score: dict | None) -> str:
     """A ratio with its interval."""
     return "-" if score is None else "{value:.2f}x [{low:.2f}, {high:.2f}]".format(**score)
@@ -183,7 +202,7 @@ def experiment_table(suite: str = "quick") -> str:
                         *tables.lists([], summary.ungated(found))])
 
 
-BLOCKS = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table,
+BLOCKS = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "scaling": scaling_table,
           "peers-fit": peers_fit_table, "peers-trace": peers_trace_table, "graph": graph_table,
           "trait": trait_facts, "grading": grading_facts, "holes": holes_table, "edges": edges_table, "monitor": monitor_table,
           "families watched": families_table,

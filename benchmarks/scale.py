@@ -28,6 +28,7 @@ from graphs.fit import FitConfig, distill, local_loss, local_rate, watching
 from graphs.host import Host, load
 from graphs.prune import PruneConfig, learn_gates
 from graphs.replace import from_noise
+from graphs.shares import share
 from graphs.targets import Targets
 from graphs.train import TrainConfig, train
 
@@ -118,7 +119,7 @@ def stages(targets: Targets, features: int) -> dict[str, Callable[[int], object]
 
     def fitted(steps: int) -> None:
         with watching(whole):
-            train(whole, lambda step: local(batches(step)), TrainConfig(steps, local_rate(config, host.config.hidden_size)), "fit: local")
+            train(whole, lambda step: local(share(batches(step))), TrainConfig(steps, local_rate(config, host.config.hidden_size)), "fit: local")
 
     def joined(steps: int) -> None:
         with watching(whole):
