@@ -111,15 +111,15 @@ def scaling_table() -> str:
         along = sorted((row for row in found["rows"] if all(row["point"][key] == base[key] for key in base if key != axis)),
                        key=lambda row: row["point"][axis])
         clock = "clock" if axis == "processes" else "processor"
-        for stage in along[0]["stages"]:
+        for place, stage in enumerate(along[0]["stages"]):
             slopes = found["exponents"].get(axis, {}).get(stage)
             cells.append([f"{axis} {', '.join(format(row['point'][axis], ',') for row in along)}", stage,
                           ", ".join(f"{1000 * row['stages'][stage][clock]:,.0f}" for row in along),
                           *(f"{slopes[key]:.2f}" if slopes else "-" for key in ("processor", "operations")),
-                          ", ".join(f"{row['stages'][stage]['memory'] / 1e6:,.0f}" for row in along)])
+                          ", ".join(f"{sum(one['memory'] for one in [*row['stages'].values()][: place + 1]) / 1e6:,.0f}" for row in along)])
     others = ", ".join(f"{name} {value:,}" for name, value in base.items())
     facts = f"The others as here: {others}. float32, one thread a process, torch {found['torch']}; of processes the clock's time."
-    return tables.table(["along", "step", "milliseconds", "exponent", "of the operations", "MB more at most"], cells) + "\n\n" + facts
+    return tables.table(["along", "step", "milliseconds", "exponent", "of the operations", "MB more so far"], cells) + "\n\n" + facts
 
 
 def times(score: dict | None) -> str:
