@@ -202,8 +202,8 @@ def run(seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    from words import words
+    from words import numbers, words
 
-    seeds = words(__doc__, lambda given: bool(given) and all(word.isdigit() for word in given))
+    seeds = words(__doc__, numbers)
     RESULTS.mkdir(parents=True, exist_ok=True)
     run([int(word) for word in seeds])

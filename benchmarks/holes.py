@@ -72,6 +72,6 @@ def main(seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    from words import words
+    from words import numbers, words
 
-    main([int(word) for word in words(__doc__, lambda given: bool(given) and all(word.isdigit() for word in given))])
+    main([int(word) for word in words(__doc__, numbers)])

@@ -60,7 +60,7 @@ def run(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from words import words
+    from words import refuse, words
 
     match words(__doc__):
         case ["run", *names]:
@@ -76,4 +76,4 @@ if __name__ == "__main__":
             for file in PAGES:
                 file.write_text(page(file))
         case _:
-            sys.exit("usage: python benchmarks/results.py run [NAME ...] | keep NAME FOLDER | rivals FOLDER | experiment SUITE FOLDER | readme")
+            refuse(__doc__)

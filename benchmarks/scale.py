@@ -26,6 +26,7 @@ from graphs.architectures import sites
 from graphs.batches import Batch, Encoded, Epochs
 from graphs.fit import FitConfig, distill, local_loss, local_rate, watching
 from graphs.host import Host, load
+from graphs.losses import PROMPT_WEIGHT, divergence
 from graphs.prune import PruneConfig, learn_gates
 from graphs.replace import from_noise
 from graphs.shares import share
@@ -158,8 +159,7 @@ def kept(targets: Targets, features: int) -> int:
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        loss = torch.nn.functional.kl_div(replacement(batch.ids).log_softmax(-1), targets(batch).log_softmax(-1), log_target=True,
-                                            reduction="batchmean")
+        loss = divergence(replacement(batch.ids), targets(batch), batch, PROMPT_WEIGHT)
         with watching(replacement):
             spread = {site.name: 1.0 for site in targets.host.sites}
             loss = loss + local_loss(targets.host, replacement, batch, FitConfig(features=features), spread)

@@ -13,6 +13,7 @@ of the counted operations (`scale.operations`), which leave out attention's prod
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -20,6 +21,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import linear_regression
 
 import scale
 import torch
@@ -92,12 +94,11 @@ def measured(point: Point) -> dict:
 
 def exponent(sizes: list[float], values: list[float]) -> float:
     """Slope of log value against log size."""
-    x, y = torch.tensor(sizes, dtype=torch.float64).log(), torch.tensor(values, dtype=torch.float64).log()
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    return linear_regression(*([math.log(one) for one in some] for some in (sizes, values))).slope
 
 
 def exponents(rows: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """By axis and stage: of processor seconds, of memory, and of counted operations, a step."""
+    """By axis and stage: of processor seconds and of counted operations, a step."""
     made = {Point(**row["point"]): row["stages"] for row in rows}
     found: dict[str, dict[str, dict[str, float]]] = {}
     for axis, values in AXES.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 def words(about: str | None, fit: Callable[[Sequence[str]], bool] = lambda given: True) -> list[str]:
@@ -14,6 +15,16 @@ def words(about: str | None, fit: Callable[[Sequence[str]], bool] = lambda given
         print((about or "").strip())
         sys.exit(0)
     if not fit(given):
-        print((about or "").strip(), file=sys.stderr)
-        sys.exit(2)
+        refuse(about)
     return given
+
+
+def refuse(about: str | None) -> NoReturn:
+    """End where the words do not fit."""
+    print((about or "").strip(), file=sys.stderr)
+    sys.exit(2)
+
+
+def numbers(given: Sequence[str]) -> bool:
+    """Whether the words are numbers, one at least."""
+    return bool(given) and all(word.isdigit() for word in given)

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "--version"):
-            print(importlib.import_module("distill").__version__ if "--version" in arguments else _overview(), flush=True)
+            print(importlib.import_module("distill").__version__ if arguments[:1] == ["--version"] else _overview(), flush=True)
             return 0 if arguments else 2
         verb = arguments.pop(0)
         if verb not in VERBS:

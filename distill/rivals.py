@@ -15,7 +15,8 @@ checkpoint (neither a rung that we tried and dropped nor a rival's other knobs a
 answers of its own, a little longer or shorter). The dense refit has fewer heads than the model, so it learns what attention
 layers write, not what each head writes. Magnitude, Wanda (Sun et al. 2024, here by whole neurons and heads) and the random mask
 are ours with the neuron basis, the model's own attention and a score in place of learned gates. Each is judged by the same code
-on the same prompts. A row carries the hash of the model, the rows and the config it came from.
+on the same prompts. A row carries the hash of the model, the rows and the config it came from, and the commit of the
+source.
 """
 
 from __future__ import annotations

@@ -114,8 +114,9 @@ def test_a_full_disk_is_one_sentence(capsys, model, tmp_path, monkeypatch):
     assert "the disk is full" in refused(capsys, "prune", "--model", model, "--out", tmp_path / "run")
 
 
-def test_a_reader_that_closes_the_pipe_early_sees_no_traceback(tiny_run):
-    asked = [sys.executable, "-m", "distill", "listing", str(tiny_run), "--rows", "16"]
+@pytest.mark.parametrize("words", [("listing", "RUN", "--rows", "16"), ("--help",)])
+def test_a_reader_that_closes_the_pipe_early_sees_no_traceback(tiny_run, words):
+    asked = [sys.executable, "-m", "distill", *(str(tiny_run) if word == "RUN" else word for word in words)]
     running = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     running.stdout.close()
     assert "Traceback" not in running.stderr.read() and running.wait() == 141

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from graphs.batches import Batch, Epochs, encode
-from graphs.losses import completion_loss, divergence, fvu
+from graphs.losses import completion_loss, divergence, fvu, taught
 from graphs.processes import count, rank
 from graphs.shares import averaged, averaged_all, center, full, gathered, in_shards, make_whole, same, share, total, weighed
 from tests.launched import two
@@ -41,12 +41,13 @@ def losses(whole: bool):
     if not whole:
         target, y = target[rank() :: count()], y[rank() :: count()]
     kl = divergence(model(mine.ids).logits, target, mine, 0.1, 0.9)
+    answered = taught(model(mine.ids).logits, target, mine, 0.1, 0.9, 0.7)
     ce = completion_loss(model, mine)
     missing = fvu(y, model.table(mine.ids), mine.real)
     size = model.table(mine.ids)[mine.real].abs().sum(-1)
     penalty = weighed(size.mean(), len(size))
     found = {}
-    for name, value in (("kl", kl), ("ce", ce), ("fvu", missing), ("penalty", penalty)):
+    for name, value in (("kl", kl), ("taught", answered), ("ce", ce), ("fvu", missing), ("penalty", penalty)):
         gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, allow_unused=True)
         used = averaged_all([g for g in gradients if g is not None])
         found[name] = [float(averaged(value)), *torch.cat([g.flatten() for g in used]).tolist()]
