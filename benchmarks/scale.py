@@ -11,6 +11,7 @@ backward pass. A plan carries the share over to a GPU's published rate, which is
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -37,6 +38,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "results" / "scale.json", ROOT / "docs" / "scale.md"
 STEPS = 4
 """Steps that a time is the mean of."""
+TURNS = 7
+"""Times, each between two measurements of the machine's rate; the median share counts, for a machine that others use changes its speed."""
 SPLIT = {"fit: local": 400 * 24, "fit: end to end": 100 * 24, "gates": 80 * 24}
 """Rows of each stage in the default command; healing takes the rest of its tokens."""
 PEAK, HELD = 989e12, 80e9
@@ -169,16 +172,18 @@ def kept(targets: Targets, features: int) -> int:
 def measure() -> dict:
     """The constants."""
     torch.set_num_threads(1)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # steps and products in one precision, on any machine
     features, rows, length = 2048, 8, 128
     targets, tokens = prepared(SMALL, rows, length), rows * length
     targets(targets.batches(0))  # the logits are known from here on
     shares: dict[str, dict[str, float]] = {}
     for name, run in stages(targets, features).items():
-        rate = [matrix_rate(1024)]
-        seconds = -spent(lambda run=run: run(1)) + spent(lambda run=run: run(1 + STEPS))
-        rate.append(matrix_rate(1024))
-        done = operations(SMALL, features, name, known=True) * tokens * STEPS
-        shares[name] = {"share": done / seconds / statistics.mean(rate), "operations_a_second": done / seconds, "matrix_rate": statistics.mean(rate)}
+        rates, speeds, done = [matrix_rate(1024)], [], operations(SMALL, features, name, known=True) * tokens * STEPS
+        for _ in range(TURNS):
+            speeds.append(done / (-spent(lambda run=run: run(1)) + spent(lambda run=run: run(1 + STEPS))))
+            rates.append(matrix_rate(1024))
+        share = statistics.median(2 * speed / (before + after) for speed, before, after in zip(speeds, rates[:-1], rates[1:], strict=True))
+        shares[name] = {"share": share, "operations_a_second": statistics.median(speeds), "matrix_rate": statistics.median(rates)}
     return {"shape": asdict(SMALL), "features": features, "batch_tokens": tokens, "steps": STEPS, "threads": 1, "torch": torch.__version__,
             "stages": shares, "kept_over_rule": kept(targets, features) / (activations(SMALL, features) * tokens)}
 
