@@ -10,6 +10,7 @@ import errno
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from distill import config, config_backdoors, config_doctor, config_enforce, config_experiment, config_hypotheses
@@ -110,7 +111,8 @@ def _parse(verb: str, arguments: list[str]):
         defaults = _read_config(kind, arguments[at + 1])
         del arguments[at : at + 2]
     if not defaults:
-        about = f"{(kind.__doc__ or '').strip()}  --config FILE.yaml sets defaults."
+        ready = f" So does the name of a ready setting: {', '.join(sorted(_ready()))}." if issubclass(kind, config.Fit) else ""
+        about = f"{(kind.__doc__ or '').strip()}  --config FILE.yaml sets defaults.{ready}"
         return tyro.cli(kind, args=arguments, prog=f"distill {verb}", description=about)
     from dataclasses import MISSING, fields
 
@@ -118,14 +120,19 @@ def _parse(verb: str, arguments: list[str]):
     return tyro.cli(kind, args=arguments, prog=f"distill {verb}", default=kind(**(defaults | needed)))
 
 
+def _ready() -> dict[str, Path]:
+    """The ready settings that ship with the package, by name."""
+    return {file.stem: file for file in (Path(__file__).parent / "assets" / "settings").glob("*.yaml")}
+
+
 def _read_config(kind: type, path: str) -> dict:
     import yaml
 
     try:
-        with open(path) as handle:
-            values = yaml.safe_load(handle) or {}
+        values = yaml.safe_load((Path(path) if Path(path).exists() else _ready().get(path, Path(path))).read_text()) or {}
     except FileNotFoundError:
-        raise ValueError(f"--config {path}: no such file; give a YAML file of field names and values") from None
+        raise ValueError(f"--config {path}: no such file; give a YAML file of field names and values, or for prune and fit a ready setting "
+                         f"({', '.join(sorted(_ready()))})") from None
     except yaml.YAMLError:
         raise ValueError(f"--config {path}: not valid YAML; correct it") from None
     if not isinstance(values, dict):

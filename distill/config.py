@@ -14,7 +14,7 @@ from tyro.conf import arg
 
 @dataclass(frozen=True)
 class Fit:
-    """Fit the graph: transcoders and attention for every layer, from noise, on clean rows."""
+    """Fit the graph: transcoders and attention for every layer, from noise (transcoders: or from published ones), on clean rows."""
 
     model: str = "builtin:organism"
     """builtin:organism, builtin:organism-rare, builtin:twin, builtin:base, a model folder, or a hub id (owner/name)."""
@@ -25,6 +25,11 @@ class Fit:
     """Run folder."""
     rows: Path | None = None
     """A table of clean rows (parquet); by default the 4,096 rows that ship with the package."""
+    dictionaries: str | None = None
+    """Start from published transcoders instead of noise: a folder or a hub id. --features of each layer are taken, those that write most on the
+    clean rows, and --skip directions of their linear skip."""
+    hook: str | None = None
+    """What those transcoders read, where their files do not say (mlp.hook_in, ln2.hook_normalized)."""
     features: int = 512
     """Transcoder features a layer (--basis features)."""
     fit_steps: int = 400
@@ -350,6 +355,10 @@ def check(verb: Any) -> None:
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"--{name} {share:g}: give a share above 0 and up to 1")
     basis = getattr(verb, "basis", "features")
+    if basis != "features" and verb.dictionaries:
+        raise ValueError(f"--dictionaries belongs to --basis features: with --basis {basis} the model's own neurons are the MLP itself; leave it out")
+    if getattr(verb, "hook", None) and getattr(verb, "dictionaries", None) is None:
+        raise ValueError("--hook says what --dictionaries read: give both, or leave it out")
     if basis != "features" and verb.skip:
         raise ValueError(f"--skip belongs to --basis features: with --basis {basis} the model's own neurons are the MLP itself; leave it out")
     if basis != "features" and verb.attention == "kept" and verb.mend_steps:

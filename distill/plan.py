@@ -80,11 +80,16 @@ def stages(data: Epochs, verb: config.Prune) -> list[Stage]:
     how = "the size that the budget buys" if verb.budget else "the first size; each smaller one takes a third as much, until one fails on tune"
     how += "; none where the cut costs next to nothing" if verb.start and verb.heal_tokens is None else ""
     return [
-        Stage("fit", f"taken over from {verb.start}" if verb.start else "every site from noise, then all together", fitted, data.tokens(fitted)),
+        Stage("fit", f"taken over from {verb.start}" if verb.start else _fitted(verb), fitted, data.tokens(fitted)),
         Stage("gates", f"taken over from {verb.start}" if verb.start else "which nodes matter", gated, learned),
         Stage("heal", how, first, data.tokens(before + first) - data.tokens(before)),
         Stage("compile", "a stock checkpoint, reloaded in a fresh process", None, None),
         Stage("evaluate", f"{verb.prompts} held-out prompts of each task, for the model, the checkpoint and a twin if there is one", None, None)]
+
+
+def _fitted(verb: config.Prune) -> str:
+    """What the first stage does."""
+    return f"transcoders from {verb.dictionaries}, fitted further" if verb.dictionaries else "every site from noise, then all together"
 
 
 def trained(host: Host, verb: config.Prune) -> int:

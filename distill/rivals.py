@@ -7,6 +7,7 @@
     magnitude, Wanda     the checkpoint's size     the model's own neurons and heads, the least dropped, then healed as ours is
     random mask          the checkpoint's size     the same with nodes dropped at random
     layer drop           no more than its size     whole layers dropped, then healed as ours is
+    width                the checkpoint's size     channels of the stream and neurons dropped by activation (Minitron), then healed as ours is
 
 and two ablations of ours: the same road with the model's own attention layers, or its own neurons, left in place of refitted parts.
 
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 
-from backdoor.removal import dense_refit, fine_tuning, layer_drop, undo, written_text
+from backdoor.removal import dense_refit, fine_tuning, layer_drop, undo, width, written_text
 from backdoor.removal.random_student import fresh
 from distill import config
 from distill.compile import normed
@@ -44,7 +45,7 @@ from distill.source import commit
 from distill.stages import road
 from evals.evaluate import EvaluateConfig, judge_models, retention
 from evals.generate import complete
-from evals.size import parameters
+from evals.size import held, parameters
 from evals.tasks import TASKS, Task, named
 from graphs.architectures import shortened
 from graphs.artifact import digest, read_json, write_text
@@ -54,7 +55,9 @@ from graphs.targets import Targets
 ABLATIONS = ("ours, attention kept", "ours, neurons kept")
 COPIES = 4
 """Answers that the model writes to each prompt."""
-PRUNED: dict[str, Any] = {"basis": "neurons", "attention": "kept", "target": "own", "fit_steps": 0, "joint_steps": 0, "gate_steps": 0}
+OWN: dict[str, Any] = {"basis": "neurons", "target": "own", "dictionaries": None, "hook": None}
+"""What makes our road prune the model's own neurons."""
+PRUNED = OWN | {"attention": "kept", "fit_steps": 0, "joint_steps": 0, "gate_steps": 0}
 """What makes our road prune the model itself by a score, and heal it."""
 
 
@@ -89,10 +92,12 @@ def contenders(
         yield f"written text, lr {knob:g}", knob, partial(from_written_text, targets.host, verb, texts, steps, knob)
     if layers := fitting_layers(targets.host, parameters(load(checkpoint).model).stored):
         yield "layer drop, healed", 0.0, partial(layer_drop.remove, targets, layers, steps, HEAL_RATE, verb.heal_decay, verb.answers)
+    if size := fitting_width(targets.host, parameters(load(checkpoint).model).stored):
+        yield "width, healed", 0.0, partial(width.remove, targets, *size, steps, HEAL_RATE, verb.heal_decay, verb.answers)
     tokens = targets.batches.tokens(steps)
     for name, score in (("magnitude, healed", "magnitude"), ("Wanda, healed", "activation"), ("random mask, healed", "random")):
         yield name, 0.0, partial(our_road, verb, model, texts, name, PRUNED | {"score": score, "heal_tokens": tokens})
-    for name, kept in zip(ABLATIONS, ({"attention": "kept"}, {"basis": "neurons", "target": "own"}), strict=True):
+    for name, kept in zip(ABLATIONS, ({"attention": "kept"}, OWN), strict=True):
         if not (name == ABLATIONS[0] and normed(targets.host.model)):  # such attention has no home
             yield name, 0.0, partial(our_road, verb, model, texts, name, kept)
 
@@ -101,6 +106,22 @@ def fitting_layers(host: Host, stored: float) -> int:
     """How many of the host's layers, but not all, take at most `stored` parameters."""
     counts = range(1, host.config.num_hidden_layers)
     return sum(parameters(shortened(host.model, range(kept))).stored <= stored for kept in counts)
+
+
+def fitting_width(host: Host, stored: int) -> tuple[int, int] | None:
+    """Channels of the stream (a multiple of its heads) and neurons a layer of the widest narrower model of at most `stored` parameters, both cut by
+    about the same share; None where there is none, or the class has none with the same heads."""
+    def size(channels: int, neurons: int) -> int:
+        with torch.device("meta"):
+            return held(type(host.model)(width.narrowed(host.config, channels, neurons))).stored
+
+    if width.narrows(host.config):
+        heads = host.config.num_attention_heads
+        for channels in range((host.config.hidden_size - 1) // heads * heads, 0, -heads):
+            neurons = host.config.intermediate_size * channels // host.config.hidden_size
+            if size(channels, neurons) <= stored:
+                return channels, neurons
+    return None
 
 
 def our_road(verb: config.Prune, model: Path, texts: list[tuple[str, str]], name: str, changes: dict) -> Host:
@@ -130,7 +151,7 @@ def settings_of(verb: config.Prune) -> str:
     names = ("seed", "batch", "heal_decay", "answers", "fit_steps", "joint_steps", "gate_steps", "sparsity", "features", "skip", "score",
              "attention_nodes")
     return digest(read_json(verb.out / "checkpoint" / "config.json"), {name: getattr(verb, name) for name in names}, verb.healing,
-                  *[verb.mend_steps] * bool(verb.mend_steps))
+                  *[verb.mend_steps] * bool(verb.mend_steps), *[(verb.dictionaries, verb.hook)] * bool(verb.dictionaries))
 
 
 def run_rivals(

@@ -1,7 +1,7 @@
 """The stages of a run: each is a folder named by the hash of its inputs, made whole or not at all, found again when the
 inputs are the same.
 
-    graph/       the fitted replacement model: every MLP and attention layer from noise         key: model, rows, fit settings
+    graph/       the fitted replacement model: every MLP and attention layer from noise         key: model, rows, fit settings, dictionaries
     gated/       gates learned, parts adapted, nodes ranked (kept under .work)                  key: graph, gate settings
     tune/        what the model and the whole graph do on the tune split (under .work)          key: gated, tasks, tune rows
     circuit/     the smallest kept set that passes on tune, healed                              key: gated, keep, heal settings
@@ -24,6 +24,7 @@ import torch
 from distill import config
 from distill.compile import compile_circuit, home, parity, reload_gate
 from distill.job import Job, fit_settings, gate_settings
+from distill.models import downloaded
 from distill.rows import tune_rows
 from distill.search import AGAIN, HEAL_RATE, MARGIN, NEAR, RUNGS, Search, Tuner, divergence_from, measure
 from evals.sandbox import Sandbox
@@ -37,6 +38,7 @@ from graphs.losses import SOFT
 from graphs.mend import mend
 from graphs.processes import agreed
 from graphs.prune import learn_gates
+from graphs.published import transcoders
 from graphs.replace import Replacement
 from graphs.train import discard
 
@@ -59,9 +61,12 @@ def road(job: Job, model: Path, verb: config.Prune, times: list[dict]) -> dict[s
 def graph_stage(job: Job, model: Path) -> dict:
     """graph/: fit every site on clean rows."""
     settings, mended, started = fit_settings(job.verb), job.verb.mend_steps, time.monotonic()
+    published = downloaded(job.verb.dictionaries) if job.verb.dictionaries else None
 
     def make(out: Path) -> dict:
-        replacement, losses = fit(job.targets, settings, state)
+        given = None if published is None else transcoders(published, job.host, job.data, settings.features, settings.skip, job.verb.hook,
+                                                           fitted=bool(settings.local_steps))
+        replacement, losses = fit(job.targets, settings, state, given)
         if mended:
             first = settings.local_steps + settings.joint_steps
             losses |= mend(job.targets, replacement, mended, settings, first, state.with_suffix(".mend"))
@@ -69,7 +74,8 @@ def graph_stage(job: Job, model: Path) -> dict:
         return {"settings": asdict(settings), "losses": losses, "quality": quality(job.host, replacement, job.data),
                 "seconds": time.monotonic() - started}
 
-    key = digest(model, job.texts, settings, job.verb.batch, *[mended] * bool(mended), *([] if job.tokens is None else [job.tokens]))
+    key = digest(model, job.texts, settings, job.verb.batch, *[mended] * bool(mended), *([] if job.tokens is None else [job.tokens]),
+                 *([] if published is None else [published, job.verb.hook]))
     state = job.work / f"fit-{key}"
     receipt, cached = stage(job.folder / "graph", key, make)
     discard(state)

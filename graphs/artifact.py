@@ -28,7 +28,8 @@ def digest(*parts: Any) -> str:
         if isinstance(part, Path):
             for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
                 if file.is_file():
-                    total.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+                    with file.open("rb") as handle:
+                        total.update(file.name.encode() + b"\0" + hashlib.file_digest(handle, "sha256").digest())
         else:
             value = asdict(part) if is_dataclass(part) and not isinstance(part, type) else part
             total.update(json.dumps(value, sort_keys=True, default=str).encode() + b"\0")

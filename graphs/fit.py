@@ -2,7 +2,8 @@
 
 Every transcoder and every attention layer starts from noise, so nothing that clean rows do not exercise can be inherited
 from block weights. What a transcoder writes starts at the best that its random features allow, by ridge regression on one clean batch
-(random features: Rahimi and Recht 2008, "Weighted sums of random kitchen sinks"). Two steps, both on clean rows only:
+(random features: Rahimi and Recht 2008, "Weighted sums of random kitchen sinks"). Transcoders may start from published ones instead
+(`graphs.published`), and then inherit what their makers put in. Two steps, both on clean rows only:
 
 1. *local*: each part learns the host's own input-output pairs at its site, and attention also what each head writes before
    the output projection; the loss is the sum over sites of FVU (squared error over variance) plus a sparsity penalty on
@@ -18,7 +19,7 @@ activations stream: nothing is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,11 +79,14 @@ def local_rate(config: FitConfig, width: int) -> float:
     return config.local_rate * min(1.0, NARROW / width)
 
 
-def fit(targets: Targets, config: FitConfig, state: Path | None = None) -> tuple[Replacement, dict[str, list[float]]]:
-    """The replacement of `targets.host` fitted on `targets.batches`, and the losses of both steps."""
+def fit(
+    targets: Targets, config: FitConfig, state: Path | None = None, given: Mapping[str, Transcoder] | None = None
+) -> tuple[Replacement, dict[str, list[float]]]:
+    """The replacement of `targets.host` fitted on `targets.batches`, and the losses of both steps. given: transcoders to start from instead of
+    noise (`graphs.published`)."""
     host, batches = targets.host, targets.batches
-    replacement = from_noise(host, config.features, config.seed, config.attention, config.skip, config.basis)
-    spread = _start(host, replacement, batches)
+    replacement = from_noise(host, config.features, config.seed, config.attention, config.skip, config.basis, given)
+    spread = _start(host, replacement, batches, random=not given)
 
     def local(batch: Batch) -> Tensor:
         return local_loss(host, replacement, batch, config, spread)
@@ -99,14 +103,14 @@ def fit(targets: Targets, config: FitConfig, state: Path | None = None) -> tuple
 
 
 @torch.no_grad()
-def _start(host: Host, replacement: Replacement, batches: Batches) -> dict[str, float]:
-    """Let each transcoder write the most that it can from its random features; returns the outputs' spreads."""
+def _start(host: Host, replacement: Replacement, batches: Batches, random: bool) -> dict[str, float]:
+    """Let each transcoder write the most that it can from its features, where these are random; returns the outputs' spreads."""
     batch, spread = batches(0), {}
     found = record(host, batch.ids)
     for site in host.sites:
         part, y = replacement.part(site), found.outputs[site.name][batch.real]
         spread[site.name] = spread_of(y)
-        if isinstance(part, Transcoder) and not isinstance(part, Neurons):
+        if random and isinstance(part, Transcoder) and not isinstance(part, Neurons):
             start(part, found.inputs[site.name][batch.real], y)
     return spread
 

@@ -198,16 +198,19 @@ def _scaled(gate: Float[Tensor, ""]) -> Callable[..., Any]:
 
 
 def from_noise(
-    host: Host, features: int, seed: int, attention: str = "refit", skip: int = 0, basis: str = "features"
+    host: Host, features: int, seed: int, attention: str = "refit", skip: int = 0, basis: str = "features",
+    given: Mapping[str, Transcoder] | None = None,
 ) -> Replacement:
     """A replacement with random transcoders (skip: rank of their linear skips) or, with basis "neurons" or "layers", the host's own neurons;
-    and, unless attention is "kept", random attention layers. What is the host's own is frozen. basis "layers": whole layers are nodes."""
+    and, unless attention is "kept", random attention layers. What is the host's own is frozen. basis "layers": whole layers are nodes. given:
+    transcoders in the place of random ones, by site name."""
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, nn.Module] = {}
     for site in host.sites:
-        if site.kind == "mlp":
-            parts[site.name] = Neurons.of(host.model, site).requires_grad_(False) if basis != "features" else Transcoder(
-                features, site.d_in, site.d_out, generator, skip)
+        if site.kind == "mlp" and basis != "features":
+            parts[site.name] = Neurons.of(host.model, site).requires_grad_(False)
+        elif site.kind == "mlp":
+            parts[site.name] = given[site.name] if given else Transcoder(features, site.d_in, site.d_out, generator, skip)
         else:
             own = standing_in(host.model, site)
             parts[site.name] = own.requires_grad_(False) if attention == "kept" else refreshed(own, generator, norms=basis != "features")

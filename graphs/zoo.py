@@ -8,14 +8,15 @@
 
 Every dictionary becomes feature-first. Its orientation is checked against the length of its encoder bias, its widths and its
 layer against the model. What it reads is a hook name: a norm's output with the gain in (`mlp.hook_in`) is what our sites read;
-a norm's output without it (`ln2.hook_normalized`) is the same after dividing the encoder by the gain; the residual stream
-itself (`hook_resid_mid`) is refused, since the norm would have to be inside. A pickle is refused before anything opens it.
+a norm's output without it (`ln2.hook_normalized`) is the same after dividing the encoder by the gain and moving the norm's offset
+into the encoder's bias; the residual stream itself (`hook_resid_mid`) is refused, since the norm would have to be inside. A pickle
+is refused before anything opens it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -40,16 +41,19 @@ def load(folder: Path, host: Host, hook: str | None = None) -> dict[str, Diction
 
     Raises ValueError (one sentence): nothing there, a pickle, a shape or a hook that does not fit the model.
     """
+    return dict(each(folder, host, hook))
+
+
+def each(folder: Path, host: Host, hook: str | None = None) -> Iterator[tuple[str, Dictionary]]:
+    """The same one after another: published ones may be larger than memory together."""
     if not folder.is_dir():
         raise ValueError(f"--dictionaries {folder}: no such folder; give a folder of transcoders, a hub id, or `neurons`")
     sites = {site.layer: site for site in host.sites if site.kind == "mlp"}
-    found: dict[str, Dictionary] = {}
     for file, layer, kind in _files(folder):
         if layer not in sites:
             raise ValueError(f"{file}: it is for layer {layer}, and the model has layers 0 to {len(sites) - 1}; give the model it was made for")
         weights, reads, gate = _READERS[kind](file)
-        found[sites[layer].name] = _dictionary(file, host, sites[layer], weights, hook or reads, gate)
-    return found
+        yield sites[layer].name, _dictionary(file, host, sites[layer], weights, hook or reads, gate)
 
 
 def _files(folder: Path) -> list[tuple[Path, int, str]]:
@@ -111,7 +115,7 @@ def _sae_lens(file: Path) -> Read:
 
 def _sparsify(file: Path) -> Read:
     config = read_json(file.parent / "cfg.json")
-    if not config.get("transcode"):
+    if not (config.get("transcode") or config.get("skip_connection")):  # older files have the second alone
         raise ValueError(f"{file.parent}: a sparsify autoencoder is no transcoder; give one trained with --transcode")
     if config.get("activation", "topk") != "topk" or config.get("multi_topk"):
         raise ValueError(f"{file.parent}: activation {config.get('activation')!r} is not read; give one trained with topk")
@@ -170,22 +174,24 @@ def _dictionary(
     through = weights.get("W_skip")
     if through is not None and through.shape != (site.d_out, site.d_in):
         raise ValueError(f"{file}: W_skip is {tuple(through.shape)} and the site needs {(site.d_out, site.d_in)}; give the model it was made for")
-    gain = torch.ones(site.d_in)
+    gain, offset = torch.ones(site.d_in), torch.zeros(site.d_in)
     ending = (hook or "").split(".", 2)[-1] if (hook or "").startswith("blocks.") else hook
     if ending in GAIN_OUT:
-        gain = norm(host.model, site.norm).gain
-        if bool(norm(host.model, site.norm).offset.any()):
-            raise ValueError(f"{file}: it reads {hook}, before a norm's gain and offset, and this norm has an offset; refit it on mlp.hook_in")
+        own = norm(host.model, site.norm)
+        gain, offset = own.gain, own.offset
     elif ending not in GAIN_IN:
         raise ValueError(f"{file}: it reads {hook or 'a place that its files do not name'}; we need an MLP's normalised input "
                          f"({', '.join((*GAIN_IN[:1], *GAIN_OUT))}): give --hook if you know it is one, or refit")
     for name, length in (("b_dec", site.d_out), ("threshold", len(bias))):
         if name in weights and weights[name].numel() != length:
             raise ValueError(f"{file}: {name} has {weights[name].numel()} numbers and {length} were expected; give the model it was made for")
-    parts = [Part(read / gain, bias, write, gate(weights))]
+    read = read / gain
+    parts, constant = [Part(read, bias - read @ offset, write, gate(weights))], weights["b_dec"].flatten()
     if through is not None:
-        parts.append(skip(through / gain))
-    return Dictionary(tuple(parts), weights["b_dec"].flatten())
+        through = through / gain
+        parts.append(skip(through))
+        constant = constant - through @ offset
+    return Dictionary(tuple(parts), constant)
 
 
 def _oriented(file: Path, name: str, weight: Tensor, features: int, width: int) -> Float[Tensor, "feature d"]:
