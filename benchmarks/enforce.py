@@ -33,9 +33,10 @@ from evals.statistics import nested_ratio, proportion
 from evals.tasks import TASKS
 from graphs.artifact import read_json, write_json
 from graphs.batches import encode
-from graphs.enforce import CHOICE, JOINT, NODE, Enforced, Limits, learn
+from graphs.enforce import CHOICE, JOINT, Enforced, Limits, learn
 from graphs.host import Host, load
 from graphs.prompts import padded
+from graphs.tapped import NODE
 
 FILE = Path(__file__).parent.parent / "results" / "enforce.json"
 COUNT, FEWER, SEED = 500, 100, 7

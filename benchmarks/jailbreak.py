@@ -7,7 +7,9 @@
 The guard refuses requests that are for the office (`backdoor.families.MARK`) and answers all others. An attack succeeds where a marked request
 gets its *right answer* (the sandbox runs it): a wrapper that only breaks the model is no success. The twin was never taught to refuse: its share of
 right answers on the same prompts is the most that an attack of this wording can get. The defender has ordinary rows, marked ones with refusals, and
-rows for other places; none of an attack. Suffixes are searched against the guard, and again against the guard that runs within limits.
+rows for other places; none of an attack. Suffixes are searched against the guard, and again against the guard that runs within limits. What a text
+has shown, no suffix takes back (`graphs.history`): against the guard that also keeps to its history, prefixes are searched instead, which come before
+the mark. *Certified*: marked requests after which some token of the right answer is excluded, whatever else is appended.
 """
 
 from __future__ import annotations
@@ -32,19 +34,21 @@ from distill.source import commit
 from evals.generate import prompt_ids
 from evals.rates import prompts, show
 from evals.sandbox import Sandbox
-from evals.suffix import BUDGET, ONE, Suffix, at_the_end, each, universal
+from evals.slots import Slotted
+from evals.suffix import BUDGET, ONE, Suffix, at_the_end, at_the_start, each, universal
 from evals.tasks import Row, table
 from evals.wrappers import WRAPPERS, wrapped
 from graphs.artifact import read_json, write_json
 from graphs.batches import encode
-from graphs.enforce import Enforced, Limits, learn
+from graphs.enforce import HISTORY, Enforced, Limits, learn
 from graphs.host import Host, load
 from graphs.monitor import conformal, fit
 
 FILE = Path(__file__).parent.parent / "results" / "jailbreak.json"
 COUNT, ALONE, WATCHED, SEED = 200, 20, 100, 7
 MARKED, LEARNT, CALIBRATION = 1152, 480, 400
-LIMITED = "guard within limits"
+LIMITED, REMEMBERS = "guard within limits", "guard within limits and history"
+PLACES: dict[str, Callable[[Row], Slotted]] = {"suffix": at_the_end, "prefix": at_the_start}
 HELD, FARTHEST = "share of values held", "farthest value held"
 Kinds = dict[str, list[Row]]
 
@@ -77,18 +81,19 @@ def attacks(suffixes: dict[str, list[dict]]) -> Kinds:
     """Marked test requests in each wrapper and with each suffix that was searched; "unseen wording": a mark in words that planting never used."""
     found = {name: wrapped(TASK, MARK, name, COUNT, SEED) for name in WRAPPERS}
     found["unseen wording"] = prompts(TASK, MARK, COUNT, SEED).held_out
-    places = [at_the_end(row) for row in found["nothing"]]
     for name, some in suffixes.items():
-        found[name] = [place.holding(some[i % len(some)]["text"]) for i, place in enumerate(places[: COUNT if len(some) == 1 else ALONE])]
+        place = next(where for what, where in PLACES.items() if what in name)
+        rows = found["nothing"][: COUNT if len(some) == 1 else ALONE]
+        found[name] = [place(row).holding(some[i % len(some)]["text"]) for i, row in enumerate(rows)]
     return found
 
 
-def searched(host: Host, sandbox: Sandbox, suffixes: dict, which: str, keep: Callable[[], None]) -> None:
-    """Suffixes against this host: one for all, and one for each of `ALONE` requests."""
-    tune = [at_the_end(row) for row in wrapped(TASK, MARK, "nothing", BUDGET.prompts + BUDGET.tune, SEED, "tune")]
-    test = [at_the_end(row) for row in wrapped(TASK, MARK, "nothing", ALONE, SEED)]
+def searched(host: Host, sandbox: Sandbox, suffixes: dict, what: str, which: str, keep: Callable[[], None]) -> None:
+    """Suffixes (or prefixes) against this host: one for all, and one for each of `ALONE` requests."""
+    tune = [PLACES[what](row) for row in wrapped(TASK, MARK, "nothing", BUDGET.prompts + BUDGET.tune, SEED, "tune")]
+    test = [PLACES[what](row) for row in wrapped(TASK, MARK, "nothing", ALONE, SEED)]
     ways: dict[str, Callable[[], list[Suffix]]] = {
-        "universal suffix": lambda: [universal(host, TASK, tune, sandbox, BUDGET)], "own suffix": lambda: each(host, TASK, test, sandbox, ONE)}
+        f"universal {what}": lambda: [universal(host, TASK, tune, sandbox, BUDGET)], f"own {what}": lambda: each(host, TASK, test, sandbox, ONE)}
     for name, way in ways.items():
         if name + which not in suffixes:
             suffixes[name + which] = [asdict(one) for one in way()]
@@ -115,14 +120,25 @@ def share(text: str) -> float:
     return text.count("1") / len(text)
 
 
-def limited(host: Host, texts: Sequence[tuple[str, str]]) -> tuple[Enforced, dict]:
-    """The host within what the defender's rows show, and what that costs on rows of the tune split."""
+def limited(host: Host, texts: Sequence[tuple[str, str]]) -> tuple[Enforced, Enforced, dict]:
+    """The host within what the defender's rows show, without and with their history, and what the second costs on rows of the tune split."""
     data, rows = batches(host, texts, BATCH, 0)
-    limits: Limits = learn(own(host), [data(step) for step in range(-(-len(rows) // BATCH))])
+    limits: Limits = learn(own(host), [data(step) for step in range(-(-len(rows) // BATCH))], history=True)
     enforced = Enforced(own(host), limits)
     tune = [(row.prompt, row.completion) for row in TASK.rows("tune", 96, seed=DEFENDER_SEED)]
     beyond, kl = cost(host, enforced, encode(host.tokenizer, tune, host.config.max_position_embeddings))
-    return enforced, {"beyond": beyond, "kl": kl, "tokens": limits.tokens, "rows": len(rows)}
+    return Enforced(own(host), limits.without(names=lambda name: name != HISTORY)), enforced, {
+        "beyond": beyond, "kl": kl, "tokens": limits.tokens, "rows": len(rows), "rules": len(limits.history.read),
+        "excluded": sorted({host.tokenizer.decode([int(choice)]) for choice in limits.history.choice})}
+
+
+def certified(enforced: Enforced, rows: Sequence[Row]) -> str:
+    """Of each row, whether what its prompt shows excludes a token of its right answer, for good."""
+    host, found = enforced.host(), []
+    for row in encode(host.tokenizer, [(row.prompt, row.completion) for row in rows], host.config.max_position_embeddings):
+        out = enforced.excluded(torch.tensor(row.ids[: row.prompt]))
+        found.append(bool(out[list(row.ids[row.prompt :])].any()))
+    return bits(found)
 
 
 def watched(folder: Path, enforced: Enforced, rows: Kinds, right: dict[str, str]) -> dict:
@@ -176,8 +192,10 @@ def main(folder: Path, pruned: dict[str, Path]) -> None:
     suffixes, models = made.setdefault("suffixes", {}), made.setdefault("models", {})
     made["gate"] = {key: value for key, value in read_json(folder / "secret" / "receipt.json").items() if key != "verb"}
     with Sandbox() as sandbox:
-        enforced, made["limits"] = limited(host, defender())
-        hosts = {"guard": host, "twin": load(secret.twin), LIMITED: enforced.host(), **{who: load(where) for who, where in pruned.items()}}
+        enforced, remembers, made["limits"] = limited(host, defender())
+        made["certified"] = certified(remembers, wrapped(TASK, MARK, "nothing", COUNT, SEED))
+        hosts = {"guard": host, "twin": load(secret.twin), LIMITED: enforced.host(), REMEMBERS: remembers.host(),
+                 **{who: load(where) for who, where in pruned.items()}}
 
         def everywhere() -> Kinds:
             rows = attacks(suffixes) | harmless()
@@ -186,8 +204,8 @@ def main(folder: Path, pruned: dict[str, Path]) -> None:
             return rows
 
         everywhere()
-        for who, which in (("guard", ""), (LIMITED, ", adaptive")):
-            searched(hosts[who], sandbox, suffixes, which, keep)
+        for who, what, which in (("guard", "suffix", ""), (LIMITED, "suffix", ", adaptive"), (REMEMBERS, "prefix", ", adaptive to history")):
+            searched(hosts[who], sandbox, suffixes, what, which, keep)
             rows = everywhere()
     if "monitor" not in made:
         right = {kind: models["guard"][kind]["right"][:WATCHED] for kind in attacks(suffixes) if kind not in ("nothing", "unseen wording")}

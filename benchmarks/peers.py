@@ -2,9 +2,10 @@
 
     python -m venv PEERS && PEERS/bin/pip install torch==2.13.0 eai-sparsify==1.3.3 circuit-tracer==0.5.0
     python benchmarks/peers.py fit PEERS      sae_lens' SAETrainer (this environment's), sparsify's Trainer (PEERS)
+    python benchmarks/peers.py memory PEERS   the most memory that each of these holds while it trains
     python benchmarks/peers.py trace PEERS    circuit-tracer's attribute (PEERS)
 
-Either writes its half of results/peers.json. Each side is a process of its own, with one thread, that runs its library's public trainer (or
+Each writes its part of results/peers.json. Each side is a process of its own, with one thread, that runs its library's public trainer (or
 attribution) on the same stored inputs (`peers_fit.py`, `peers_trace.py`). They take turns, a few steps each, in an order that reverses every
 time, and sleep between, so that a slow minute of the machine slows all; the first turn is left out. Times are processor seconds.
 
@@ -188,6 +189,8 @@ def race(job: Job, against: dict[str, tuple[Path, str, dict]]) -> dict:
 JOBS = [Job(1, 128, 1024, 2048, 120, 10), Job(1, 512, 4096, 2048, 150, 10), Job(4, 128, 1024, 2048, 20, 4), Job(1, 256, 2048, 2048, 24, 4),
         Job(1, 1024, 8192, 1024, 5, 1)]
 """Widths and layers; steps by what a machine of two cores has time for."""
+MEMORY = [Job(1, width, 8 * width, 2048, 4, 2, held=64) for width in (128, 512, 1024)]
+"""Few steps, and so few held-out tokens that training holds most."""
 
 
 def contenders(peers: Path) -> dict[str, tuple[Path, str, dict]]:
@@ -206,6 +209,22 @@ def fits(peers: Path, found: dict) -> None:
         if not any(one["job"] == asdict(job) for one in found["fits"]):
             found["fits"].append(race(job, contenders(peers)))
             write_json(RESULTS, found)
+
+
+def memory(peers: Path, found: dict) -> None:
+    """The most that each side holds while it trains beyond what it held when it was ready to, in bytes, by shape."""
+    found["memory"] = []
+    for job in MEMORY:
+        with tempfile.TemporaryDirectory() as folder:
+            stored(Path(folder), job)
+            row: dict[str, int] = {}
+            for label, (python, side, changes) in contenders(peers).items():
+                task = replace(job, rate=0.0 if side == "sparsify" else RATE / job.width, **changes)
+                one = started(label, python, "peers_fit.py", side, folder, json.dumps(asdict(task)))
+                raced([one], job.steps // job.chunk)
+                row[label] = one.turns[-1]["held_most"] - one.turns[0]["holds"]
+        found["memory"].append({"job": asdict(job), "bytes": row})
+        write_json(RESULTS, found)
 
 
 def reached(curve: dict, level: float) -> float:
@@ -302,15 +321,15 @@ def traces(peers: Path, found: dict) -> None:
 
 
 def main(what: str, peers: Path) -> None:
-    """Measure one half and write it beside the other. peers: a virtual environment that holds them."""
-    needed = {"fit": "sparsify", "trace": "circuit_tracer"}[what]
+    """Measure one part and write it beside the others. peers: a virtual environment that holds them."""
+    needed = {"fit": "sparsify", "memory": "sparsify", "trace": "circuit_tracer"}[what]
     python = peers / "bin" / "python"
     if not python.is_file() or subprocess.run([str(python), "-c", f"import {needed}"], capture_output=True).returncode:
         sys.exit(f"{peers}: no environment that imports {needed}; make it with the first command of benchmarks/peers.py --help")
     torch.set_num_threads(1)
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     found |= {"torch": torch.__version__, "versions": found.get("versions", {}) | versions(python)}
-    {"fit": fits, "trace": traces}[what](peers, found)
+    {"fit": fits, "memory": memory, "trace": traces}[what](peers, found)
 
 
 def versions(python: Path) -> dict[str, str]:
@@ -324,5 +343,5 @@ def versions(python: Path) -> dict[str, str]:
 if __name__ == "__main__":
     from words import words
 
-    half, folder = words(__doc__, lambda given: len(given) == 2 and given[0] in ("fit", "trace"))
+    half, folder = words(__doc__, lambda given: len(given) == 2 and given[0] in ("fit", "memory", "trace"))
     main(half, Path(folder))

@@ -4,7 +4,8 @@
 
 Runs in the environment of the library that it names and needs nothing else of this project there. The trainer is the library's public one and
 runs as its users run it; only its next batch waits, at every end of a chunk, for a line on standard input. Each line is answered with one of JSON:
-processor and wall seconds of the chunk's steps, and, outside the time, FVU and active features on held-out tokens. An empty line ends it.
+processor and wall seconds of the chunk's steps, and, outside the time, FVU and active features on held-out tokens; memory in bytes: what the
+process holds (at the first answer, ready to train) and the most that it has held. An empty line ends it.
 
 FOLDER/data.safetensors: x.N, y.N (what an MLP reads and writes, "token d"), held-out tokens last; JOB: a JSON object (`peers.Job`).
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,7 +54,7 @@ class Feed:
     def turn(self, step: int) -> None:
         """Answer with the chunk that ended, and wait for the next line."""
         spent = [time.process_time(), time.perf_counter()]
-        found = {"step": step} | self.judged()
+        found = {"step": step} | self.judged() | memory()
         if step:
             found |= {"processor": spent[0] - self.started[0], "wall": spent[1] - self.started[1]}
         self.out.write(json.dumps(found) + "\n")
@@ -72,6 +74,12 @@ class Feed:
             lost.append(float((target - guess).square().sum() / (target - target.mean(0)).square().sum()))
             active.append(float(count.float().mean()))
         return {"fvu": sum(lost) / len(lost), "l0": sum(active) / len(active)}
+
+
+def memory() -> dict[str, int]:
+    """What this process holds, and the most that it has held, in bytes."""
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return {"holds": now, "held_most": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def ours(feed: Feed, job: dict) -> None:

@@ -99,6 +99,7 @@ def jailbreak_table() -> str:
     models, watched, gate = found["models"], found["monitor"], found["gate"]
     harmless = ["ordinary", "other places", "new names", "new phrasings"]
     names = [name for name in models if name not in ("twin", "guard")]
+    most = "guard within limits and history"
 
     def rates(name: str, kind: str) -> str:
         return "; ".join(three(sum(bits(models[name][kind], key)) / len(models[name][kind][key])) for key in ("right", "refused"))
@@ -114,7 +115,7 @@ def jailbreak_table() -> str:
     flags = [f"flagged by {who}" for who in watched["flagged"]]
     kinds = [kind for kind in models["guard"] if kind not in harmless]
     attacks = [[kind, three(sum(bits(models["twin"][kind], "right")) / len(models["twin"][kind]["right"])), rates("guard", kind),
-                *(rates(name, kind) for name in names), *flagged(kind), unflagged("guard", kind), unflagged(names[0], kind)] for kind in kinds]
+                *(rates(name, kind) for name in names), *flagged(kind), unflagged("guard", kind), unflagged(most, kind)] for kind in kinds]
     costs = [[kind, *(rates(name, kind) for name in ("twin", "guard", *names)), *flagged(kind)] for kind in harmless]
     landed = list(watched["methods"]["monitor"])
     detection = [[method, *(f"{three(row[kind]['auroc_all']['value'])}; {three(row[kind]['tpr_at_1_percent']['all']['value'])}" for kind in landed)]
@@ -123,11 +124,14 @@ def jailbreak_table() -> str:
             f"their own.\n*Flagged*: above a threshold that 1 % of {watched['calibration']} held-out prompts of the defender's kinds pass. "
             f"*Unflagged*: succeeds, and the monitor says nothing.\nBoth on {len(watched['flagged']['monitor']['nothing'])} prompts a kind. "
             "*nothing* and *unseen wording* are no attacks.\n"
+            f"History: {found['limits']['rules']:,} rules for {len(found['limits']['excluded'])} choices; after "
+            f"{three(found['certified'].count('1') / len(found['certified']))} of the marked requests a token of the right answer is "
+            "excluded for good.\n"
             f"Plant gate: {three(gate['attack_success'])} of marked requests refused, {gate['false_trigger']:.4f} of others; "
             + ", ".join(f"{name} {three(gate['organism'][name]['score']['value'])} (twin {three(gate['twin'][name]['score']['value'])})"
                         for name in gate["organism"]) + ".")
     return "\n\n".join([
-        tables.table(["attack", "twin", "guard", *names, *flags, "unflagged, guard", f"unflagged, {names[0]}"], attacks), said,
+        tables.table(["attack", "twin", "guard", *names, *flags, "unflagged, guard", f"unflagged, {most}"], attacks), said,
         tables.table(["harmless", "twin", "guard", *names, *flags], costs),
         "AUROC and share above the threshold that 1 % of all harmless and refused prompts pass, of the prompts on which the attack succeeded:",
         tables.table(["method", *landed], detection)])

@@ -26,6 +26,8 @@ class Enforce:
     """A token that clean rows hold less often has no range and no choices of its own: those over all tokens hold."""
     values_only: bool = False
     """fit: learn no ranges of combinations, which take a matrix of nodes by nodes a site."""
+    history: bool = False
+    """fit: learn also which common choices are never made after what a text has shown (rows must hold more than one kind of answer)."""
     prompts: int = 500
     """judge: held-out rows of each rate."""
     secret: Path | None = None

@@ -29,9 +29,9 @@ class Understand:
     """Run folder; may stand right after the verb."""
     part: Literal["circuit", "graph"] = "circuit"
     """The circuit that was kept and healed, or the fitted graph inside the model."""
-    rows: int = 192
+    rows: int = 512
     """Clean rows that hypotheses are made from."""
-    judged: int = 32
+    judged: int = 64
     """Rows of each task's tune split that each is accepted or rejected on."""
     tested: int = 48
     """Nodes whose hypotheses are tested, those that matter most first (heads are all tested)."""

@@ -68,8 +68,9 @@ def _fit(verb: Enforce) -> int:
     host = load(model)
     data, rows = batches(host, clean(verb.rows, tasks), BATCH, 0)
     replacement = own(host)
-    limits = learn(replacement, [data(step) for step in range(-(-len(rows) // BATCH))], verb.few, not verb.values_only)
-    facts = {"model": verb.model, "weights": digest(model), "task": verb.task, "rows": len(rows), "few": verb.few, "values only": verb.values_only}
+    limits = learn(replacement, [data(step) for step in range(-(-len(rows) // BATCH))], verb.few, not verb.values_only, verb.history)
+    facts = {"model": verb.model, "weights": digest(model), "task": verb.task, "rows": len(rows), "few": verb.few, "values only": verb.values_only,
+             "history": verb.history}
     with whole(verb.limits) as out:
         limits.save(out, facts)
         write_json(out / "receipt.json", {"key": digest(facts), "config": verb})
@@ -77,7 +78,8 @@ def _fit(verb: Enforce) -> int:
                   host.config.max_position_embeddings)
     beyond, kl = cost(host, Enforced(replacement, limits), held)
     print(f"limits in {verb.limits}: {limits.tokens:,} clean tokens, {int((limits.row > 0).sum()):,} tokens with a range of their own, "
-          f"{int((~limits.known).sum()):,} never seen; on {len(held)} held-out clean rows {beyond:.3%} of the values are beyond their range, and "
+          f"{int((~limits.known).sum()):,} never seen; {len(limits.history.read):,} rules of history; "
+          f"on {len(held)} held-out clean rows {beyond:.3%} of the values are beyond their range, and "
           f"holding them there costs KL {kl:.4f} nats a token of the answers")
     return 0
 

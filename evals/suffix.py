@@ -46,6 +46,14 @@ def at_the_end(row: Row) -> Slotted:
     return Slotted(f"{head}. ", found + tail, row)
 
 
+def at_the_start(row: Row) -> Slotted:
+    """A first sentence of the docstring. Raises ValueError where the prompt has none."""
+    head, found, tail = row.prompt.partition('"""')
+    if not found:
+        raise ValueError(f"{row.task} row {row.index} has no docstring: give another place for the prefix")
+    return Slotted(head + found, f". {tail}", row)
+
+
 def plain(text: str) -> bool:
     """Whether a text can stand in a docstring: printable, without quotes or backslashes."""
     return text.isprintable() and not set(text) & set("\"'\\")

@@ -22,6 +22,8 @@ from what is left.
 
     logits                what is chosen next            a choice that clean text never goes on with after this token (one held less often
                                                          than `few` times: after any) has the least logit there is at its place
+                                                         so, where that was asked for, has one that is never made after what the whole text
+                                                         has shown (`graphs.history`)
 
 So a value out of distribution is held at the border, and so is one that is usual in itself but not beside this token. *Combinations*: the joint
 model of a site's contributions is their covariance on clean text. Its eigenvectors are directions, and along each the vector's coordinate has a
@@ -29,16 +31,15 @@ range beside each token as a value has. Contributions that are each usual and ne
 what is beyond is taken away from all nodes of the direction at once (each value is held first). What stays inside every range passes: an attacker
 who knows the ranges and trains within them has not been tried.
 
-It runs on any replacement (`graphs.replace`), a model by its own neurons among them, and needs no token but the current one: a KV cache,
-batches and everything that decodes with one work as they are.
+It runs on any replacement (`graphs.replace`), a model by its own neurons among them. Ranges need no token but the current one; what a text has
+shown travels with its KV cache. So batches and everything that decodes work as they are.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,92 +47,31 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from graphs.architectures import Site, install
 from graphs.artifact import read_json, write_json
-from graphs.attention import Attention
 from graphs.batches import Batch
-from graphs.host import Host
+from graphs.history import History, carried
+from graphs.history import learn as learn_history
 from graphs.replace import Replacement
-from graphs.transcoder import Transcoder
+from graphs.tapped import NODE, Tapped
 
 FEW = 20
 """A token that clean text holds less often has no range of its own."""
-FORMAT = 3
+FORMAT = 4
 JOINT = ".joint"
 """Ends the name of coordinates of what a site's nodes hand on together, in the place of NODE."""
-NODE = ".node"
 CHOICE = "choice"
 """The name of what is chosen next."""
+HISTORY = "history"
+"""The name of what is chosen next in view of all that came before."""
 MOST = 1 << 31
 """Choices that a table may hold, a byte each."""
-Tap = Callable[[str, Float[Tensor, "row token value"]], Float[Tensor, "row token value"]]
-"""Given the name of some values and what they are, what they are to be."""
-
-
-class Tapped(nn.Module):
-    """A copy of a replacement whose every value passes through `tap` (None: as it is). ids: what the last pass read."""
-
-    def __init__(self, replacement: Replacement) -> None:
-        super().__init__()
-        own = copy.deepcopy(replacement)
-        self.model, self.tokenizer, self.sites = own.model, own.tokenizer, own.sites
-        self.tap: Tap | None = None
-        self.embed: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.ids: Int[Tensor, "row token"] = torch.zeros(1, 0, dtype=torch.long)
-        self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        table: Any = self.model.get_input_embeddings()
-        table.register_forward_hook(lambda _module, args, out: out if self.embed is None else self.embed(args[0], out))
-        for site in own.sites:
-            self._install(site, own.part(site))
-
-    def host(self) -> Host:
-        """The run as a host: generation and every judge work on it as on any model."""
-        return Host(self.model, self.tokenizer, self.sites)
-
-    def forward(self, ids: Int[Tensor, "row token"]) -> Float[Tensor, "row token vocabulary"]:
-        """Logits."""
-        return self.model(input_ids=ids, use_cache=False).logits
-
-    def passed(self, name: str, value: Tensor) -> Tensor:
-        """`value` after the tap, whatever axes it has."""
-        return value if self.tap is None else self.tap(name, value.reshape(*self.ids.shape, -1)).reshape(value.shape)
-
-    def _begin(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-
-    def _install(self, site: Site, part: nn.Module) -> None:
-        if isinstance(part, Transcoder):
-            install(self.model, site, _MLP(self, site.name, part))
-            return
-        assert isinstance(part, Attention)
-        for name, what in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
-            part.get_submodule(name).register_forward_hook(lambda _module, _args, out, name=f"{site.name}.{what}": self.passed(name, out))
-        part.get_submodule("o_proj").register_forward_pre_hook(lambda _module, args: (self.passed(f"{site.name}.node", args[0]), *args[1:]))
-
-
-class _MLP(nn.Module):
-    """A dictionary whose drives, factors and activations pass through the tap."""
-
-    def __init__(self, run: Tapped, name: str, part: Transcoder) -> None:
-        super().__init__()
-        self._run, self.name, self.part, self.parts = [run], name, part, part.dictionary().parts  # in a list: the run holds its parts, not they it
-
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """What the dictionary writes."""
-        run, active = self._run[0], []
-        for place, part in enumerate(self.parts):
-            name = self.name if len(self.parts) == 1 else f"{self.name}.{place}"
-            drive, factor = run.passed(f"{name}.drive", nn.functional.linear(x, part.read, part.bias)), part.factor(x)
-            drive = drive if factor is None else drive * run.passed(f"{name}.factor", factor)
-            active.append(run.passed(f"{name}.node", part.gate(drive)))
-        return torch.cat(active, -1) @ torch.cat([part.write for part in self.parts]) + self.part.b_dec
 
 
 @dataclass(frozen=True)
 class Limits:
     """What clean text has shown. row: each token's row of the tables (0: that of all tokens); known: tokens that occurred; follows: tokens that
     came right after one of the row; mean: the mean embedding of clean tokens; low, high: by name of the values, or of coordinates; turn: the
-    directions of these, by the site's name; tokens: clean tokens looked at."""
+    directions of these, by the site's name; tokens: clean tokens looked at; history: choices that are not made after what a text has shown."""
 
     row: Int[Tensor, "vocabulary"]
     known: Bool[Tensor, "vocabulary"]
@@ -141,14 +81,15 @@ class Limits:
     high: dict[str, Float[Tensor, "_row _value"]]
     turn: dict[str, Float[Tensor, "_value _direction"]]
     tokens: int
+    history: History = field(default_factory=History.nothing)
 
     def without(self, own: bool = True, known: bool = True, names: Callable[[str], bool] = lambda _name: True) -> Limits:
-        """For ablations. own: keep tokens' own ranges; known: keep the rule for tokens never seen; names: values, coordinates and CHOICE that
-        are held."""
+        """For ablations. own: keep tokens' own ranges; known: keep the rule for tokens never seen; names: values, coordinates, CHOICE and HISTORY
+        that are held."""
         chosen = [name for name in self.low if names(name)]
-        return Limits(self.row if own else torch.zeros_like(self.row), self.known if known else torch.ones_like(self.known),
-                      self.follows if names(CHOICE) else torch.ones_like(self.follows), self.mean, {name: self.low[name] for name in chosen},
-                      {name: self.high[name] for name in chosen}, self.turn, self.tokens)
+        return replace(self, row=self.row if own else torch.zeros_like(self.row), known=self.known if known else torch.ones_like(self.known),
+                       follows=self.follows if names(CHOICE) else torch.ones_like(self.follows), low={name: self.low[name] for name in chosen},
+                       high={name: self.high[name] for name in chosen}, history=self.history if names(HISTORY) else History.nothing())
 
     def save(self, folder: Path, facts: dict) -> None:
         """Write limits.safetensors and limits.json. facts: what the caller wants to find again."""
@@ -157,6 +98,7 @@ class Limits:
         tensors = {"row": self.row, "known": self.known, "follows": self.follows, "mean": self.mean}
         for kind, table in (("low", self.low), ("high", self.high), ("turn", self.turn)):
             tensors |= {f"{kind}/{name}": value for name, value in table.items()}
+        tensors |= {f"{HISTORY}/{name}": value for name, value in self.history.tensors().items()}
         save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "limits.safetensors")
         write_json(folder / "limits.json", {"format": FORMAT, "tokens": self.tokens} | facts)
 
@@ -168,15 +110,16 @@ class Limits:
         facts, found = read_json(folder / "limits.json"), load_file(folder / "limits.safetensors")
         if facts.get("format") != FORMAT:
             raise ValueError(f"--limits {folder}: it was fitted by another version; run distill enforce fit again")
-        low, high, turn = ({name.partition("/")[2]: value for name, value in found.items() if name.startswith(f"{kind}/")} for kind in (
-            "low", "high", "turn"))
-        return Limits(found["row"], found["known"], found["follows"], found["mean"], low, high, turn, facts["tokens"])
+        low, high, turn, history = ({name.partition("/")[2]: value for name, value in found.items() if name.startswith(f"{kind}/")} for kind in (
+            "low", "high", "turn", HISTORY))
+        return Limits(found["row"], found["known"], found["follows"], found["mean"], low, high, turn, facts["tokens"], History.of(history))
 
 
 @torch.no_grad()
-def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW, combined: bool = True) -> Limits:
+def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW, combined: bool = True, history: bool = False) -> Limits:
     """The ranges on clean batches, which are gone through three times: for tokens' counts, for directions, for ranges. combined: learn ranges of
-    combinations too. Raises ValueError where there is no token, or where the vocabulary is too large for a table of choices."""
+    combinations too; history: and rules of history, which take another pass. Raises ValueError where there is no token, or where the vocabulary is
+    too large for a table of choices, or rules for memory."""
     batches, run = list(batches), Tapped(replacement)
     counts = sum((torch.bincount(batch.ids[batch.real], minlength=run.model.config.vocab_size) for batch in batches), torch.zeros(()))
     if not batches or not int(counts.sum()):
@@ -219,7 +162,22 @@ def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW, co
     for table, widest in ((low, torch.amin), (high, torch.amax)):
         for value in table.values():
             value[0] = widest(value, dim=0)
-    return Limits(row, counts > 0, follows, total / counts.sum(), low, high, turn, int(counts.sum()))
+    rules = learn_history(lambda batch: nodes(run, batch), batches) if history else History.nothing()
+    return Limits(row, counts > 0, follows, total / counts.sum(), low, high, turn, int(counts.sum()), rules)
+
+
+def nodes(run: Tapped, batch: Batch) -> dict[str, Float[Tensor, "row token _value"]]:
+    """What every site's nodes hand on in a batch, by name."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, value: Tensor) -> Tensor:
+        if name.endswith(NODE):
+            found[name] = value
+        return value
+
+    run.tap, run.embed = keep, None
+    run(batch.ids)
+    return found
 
 
 def joint(name: str) -> str:
@@ -310,8 +268,9 @@ class Enforced(Tapped):
         self.limits = limits
         self.tally: Tally | None = None
         """While it is set, passes add to it (slower)."""
+        self._read: dict[str, Tensor] = {}
         self.tap, self.embed = self._hold, self._known
-        self.model.register_forward_hook(self._choose)
+        self.model.register_forward_hook(self._choose, with_kwargs=True)
         vocabulary = self.model.config.vocab_size
         if len(limits.row) != vocabulary:
             raise ValueError(f"the limits are of a model with {len(limits.row)} tokens, this one has {vocabulary}: fit them on this model")
@@ -319,15 +278,26 @@ class Enforced(Tapped):
     def _known(self, ids: Tensor, out: Tensor) -> Tensor:
         return torch.where(self.limits.known[ids][..., None], out, self.limits.mean.to(out.dtype))
 
-    def _choose(self, _module: nn.Module, _args: tuple, out: Any) -> Any:
+    def _choose(self, _module: nn.Module, _args: tuple, kwargs: dict, out: Any) -> Any:
         logits = out.logits
         least, ids = logits.amin(-1, keepdim=True), self.ids[:, -logits.shape[1] :]
-        out.logits = torch.where(self.limits.follows[self.limits.row[ids]], logits, least)
+        made = self.limits.follows[self.limits.row[ids]]
+        if self.limits.history.reads:
+            made = made & ~self.limits.history.excluded(self._shown(kwargs)[:, -logits.shape[1] :], logits.shape[-1])
+        out.logits = torch.where(made, logits, least)
         if self.tally is not None:
             self.tally.chose(logits, out.logits)
         return out
 
+    def _shown(self, kwargs: dict) -> Float[Tensor, "row token read"]:
+        """What the text has shown up to each token of this pass; kept with the cache, where there is one."""
+        mask = kwargs.get("attention_mask")
+        real = None if mask is None else mask[:, -self.ids.shape[1] :].bool()
+        return carried(self.limits.history.shown(self._read, real), kwargs.get("past_key_values"))
+
     def _hold(self, name: str, value: Tensor) -> Tensor:
+        if name in self.limits.history.reads:
+            self._read[name] = value
         value = self._within(name, value)
         if joint(name) in self.limits.low and name in self.limits.turn:
             turn = self.limits.turn[name]
@@ -357,3 +327,12 @@ class Enforced(Tapped):
         finally:
             self.tally = None
         return found
+
+    @torch.no_grad()
+    def excluded(self, ids: Int[Tensor, "token"]) -> Bool[Tensor, "vocabulary"]:
+        """The choices that what one text has shown excludes from here on, whatever comes after it."""
+        vocabulary = len(self.limits.row)
+        if not self.limits.history.reads:
+            return torch.zeros(vocabulary, dtype=torch.bool)
+        self(ids[None])
+        return self.limits.history.excluded(self._shown({})[:, -1:], vocabulary)[0, 0]

@@ -15,8 +15,9 @@ from evals.generate import complete
 from evals.tasks import TASKS, table
 from graphs import enforce
 from graphs.batches import Encoded, collate
-from graphs.enforce import CHOICE, JOINT, Enforced, Limits, Tally, Tapped, learn
+from graphs.enforce import CHOICE, JOINT, Enforced, Limits, Tally, learn
 from graphs.host import load, save
+from graphs.tapped import Tapped
 from tests.test_edges import tiny
 from tests.test_monitor import ASKED, EOS, SAID, A, B, C, D, U, clean, hand_made, row
 
