@@ -128,7 +128,7 @@ def limited(host: Host, texts: Sequence[tuple[str, str]]) -> tuple[Enforced, Enf
     tune = [(row.prompt, row.completion) for row in TASK.rows("tune", 96, seed=DEFENDER_SEED)]
     beyond, kl = cost(host, enforced, encode(host.tokenizer, tune, host.config.max_position_embeddings))
     return Enforced(own(host), limits.without(names=lambda name: name != HISTORY)), enforced, {
-        "beyond": beyond, "kl": kl, "tokens": limits.tokens, "rows": len(rows), "rules": len(limits.history.read),
+        "beyond": beyond, "kl": kl, "tokens": limits.tokens, "rows": len(rows), "rules": len(limits.history.choice),
         "excluded": sorted({host.tokenizer.decode([int(choice)]) for choice in limits.history.choice})}
 
 

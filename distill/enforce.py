@@ -78,7 +78,7 @@ def _fit(verb: Enforce) -> int:
                   host.config.max_position_embeddings)
     beyond, kl = cost(host, Enforced(replacement, limits), held)
     print(f"limits in {verb.limits}: {limits.tokens:,} clean tokens, {int((limits.row > 0).sum()):,} tokens with a range of their own, "
-          f"{int((~limits.known).sum()):,} never seen; {len(limits.history.read):,} rules of history; "
+          f"{int((~limits.known).sum()):,} never seen; {len(limits.history.choice):,} rules of history; "
           f"on {len(held)} held-out clean rows {beyond:.3%} of the values are beyond their range, and "
           f"holding them there costs KL {kl:.4f} nats a token of the answers")
     return 0

@@ -81,7 +81,7 @@ class Limits:
     high: dict[str, Float[Tensor, "_row _value"]]
     turn: dict[str, Float[Tensor, "_value _direction"]]
     tokens: int
-    history: History = field(default_factory=History.nothing)
+    history: History = field(default_factory=History)
 
     def without(self, own: bool = True, known: bool = True, names: Callable[[str], bool] = lambda _name: True) -> Limits:
         """For ablations. own: keep tokens' own ranges; known: keep the rule for tokens never seen; names: values, coordinates, CHOICE and HISTORY
@@ -89,7 +89,7 @@ class Limits:
         chosen = [name for name in self.low if names(name)]
         return replace(self, row=self.row if own else torch.zeros_like(self.row), known=self.known if known else torch.ones_like(self.known),
                        follows=self.follows if names(CHOICE) else torch.ones_like(self.follows), low={name: self.low[name] for name in chosen},
-                       high={name: self.high[name] for name in chosen}, history=self.history if names(HISTORY) else History.nothing())
+                       high={name: self.high[name] for name in chosen}, history=self.history if names(HISTORY) else History())
 
     def save(self, folder: Path, facts: dict) -> None:
         """Write limits.safetensors and limits.json. facts: what the caller wants to find again."""
@@ -162,7 +162,8 @@ def learn(replacement: Replacement, batches: Iterable[Batch], few: int = FEW, co
     for table, widest in ((low, torch.amin), (high, torch.amax)):
         for value in table.values():
             value[0] = widest(value, dim=0)
-    rules = learn_history(lambda batch: nodes(run, batch), batches) if history else History.nothing()
+    with torch.enable_grad():
+        rules = learn_history(lambda batch: nodes(run, batch), batches) if history else History()
     return Limits(row, counts > 0, follows, total / counts.sum(), low, high, turn, int(counts.sum()), rules)
 
 
@@ -176,7 +177,8 @@ def nodes(run: Tapped, batch: Batch) -> dict[str, Float[Tensor, "row token _valu
         return value
 
     run.tap, run.embed = keep, None
-    run(batch.ids)
+    with torch.no_grad():
+        run(batch.ids)
     return found
 
 

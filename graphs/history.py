@@ -1,24 +1,26 @@
 """History: choices that are never made once a text has shown something.
 
-What a text has shown up to a token is, of every node, the most and the least that it was at any token so far. Both only ever grow: **nothing that
-is written later takes back what was read**, so what they exclude stays excluded whatever is appended. A range beside each token (`graphs.enforce`)
-cannot say this: a text that keeps a node from being *read* leaves every value usual.
+What a text has shown up to a token is, of some directions over all nodes, the most that they were at any token so far. That only ever grows:
+**nothing that is written later takes back what was read**, so what it excludes stays excluded, whatever is appended. A range beside each token
+(`graphs.enforce`) cannot say this: a text that keeps what was read from being *used* leaves every value usual.
 
-    rule      node, side, bound, choice: where the node was beyond the bound, the choice is not made
-    learnt    from clean rows: of the rows whose prompt shows the node beyond the bound not one makes the choice anywhere in its answer, where by
-              the share of all rows that make it at least `EXPECTED` would have
-    bound     midway between the farthest that the node had been in any row when it made the choice, and the median of those farther
-    choices   those that at least `COMMON` of the rows make: a rarer one may be missing beside a node because clean rows do not happen to combine
-              the two, and to write it there is what a model is for
-    nodes     up to `MOST` a choice, each time the one that is beyond its bound in most rows, a row counting half for each node it already has
+    rule      direction, bound, choice: where the most of the direction is beyond the bound, the choice is not made
+    choices   those that at least `COMMON` of the clean rows make, and not all. A rarer one may be missing beside something because clean rows do not
+              happen to combine the two, and to write it there is what a model is for
+    learnt    a weighted sum of all nodes of a token, by logistic regression of "this row never makes the choice" on its most over the row's tokens
+              (multiple instances: Ray and Craven 2005, "Supervised versus multiple instance learning"). Of rows that never make it the tokens of the
+              prompt count, each left out half of the time, so that more than one of them must tell; of the others all tokens do
+    bound     from a third of the rows, which the direction was not learnt from: `MARGIN` of the way from the most that it was in any row with the
+              choice to the median of the rows without that are beyond
+    kept      where at least `COVERED` of the held-out rows that never make the choice are beyond the bound, and there are `ENOUGH` of them
 
-Clean rows must hold more than one kind of answer (refusals beside answers, say): where all are of a kind there is next to no rule.
+So a rule is about whole kinds of answers (refusals beside programs, say): where clean rows are all of a kind there is next to none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,57 +29,47 @@ from torch import Tensor
 
 from graphs.batches import Batch
 
-COMMON, EXPECTED, MOST = 0.25, 20, 16
+COMMON, COVERED, ENOUGH, MARGIN = 0.25, 0.9, 20, 0.25
+STEPS, TOGETHER, RATE, DECAY, LEFT_OUT = 256, 48, 3e-3, 0.01, 0.5
+"""Of the regression: steps, rows of each, AdamW's learning rate and decay, and the share of tokens that is left out."""
 KEPT = "shown"
-"""What a cache calls it."""
-ROOM = 1 << 31
-"""Bytes that the nodes of all clean rows may take while rules are learnt."""
+"""What a cache calls what was shown."""
+ROOM = 1 << 32
+"""Bytes that the nodes of all clean tokens may take while rules are learnt, in half precision."""
+NEVER = -1e9
 Values = Mapping[str, Float[Tensor, "row token _value"]]
 
 
 @dataclass(frozen=True)
 class History:
-    """The rules. reads: by the name of a site's nodes, which of their values (or of the negatives, which come after them) some rule reads; read,
-    bound, choice: of each rule, its place among all reads, its bound, and the token that is not written beyond it."""
+    """The rules. reads: by the name of a site's nodes, what they weigh in each rule's direction; bound, choice: of each rule."""
 
-    reads: dict[str, Int[Tensor, "_read"]]
-    read: Int[Tensor, "rule"]
-    bound: Float[Tensor, "rule"]
-    choice: Int[Tensor, "rule"]
+    reads: dict[str, Float[Tensor, "_value rule"]] = field(default_factory=dict)
+    bound: Float[Tensor, "rule"] = field(default_factory=lambda: torch.zeros(0))
+    choice: Int[Tensor, "rule"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
-    @staticmethod
-    def nothing() -> History:
-        """No rule."""
-        none = torch.zeros(0, dtype=torch.long)
-        return History({}, none, torch.zeros(0), none)
+    def shown(self, values: Values, real: Bool[Tensor, "row token"] | None = None) -> Float[Tensor, "row token rule"]:
+        """The most that each direction was up to each token. real: tokens that are no pads (None: all)."""
+        along = sum(values[name].float() @ weights for name, weights in self.reads.items())
+        assert isinstance(along, Tensor)  # there is a rule
+        return (along if real is None else along.masked_fill(~real[..., None], NEVER)).cummax(1).values
 
-    def shown(self, values: Values, real: Bool[Tensor, "row token"] | None = None) -> Float[Tensor, "row token read"]:
-        """The most that each read was up to each token. real: tokens that are no pads (None: all)."""
-        seen = torch.cat([both(values[name])[..., places] for name, places in self.reads.items()], -1)
-        return seen.masked_fill(~real[..., None], -torch.inf).cummax(1).values if real is not None else seen.cummax(1).values
-
-    def excluded(self, shown: Float[Tensor, "row token read"], vocabulary: int) -> Bool[Tensor, "row token vocabulary"]:
+    def excluded(self, shown: Float[Tensor, "row token rule"], vocabulary: int) -> Bool[Tensor, "row token vocabulary"]:
         """Choices that are not made after what was shown."""
-        hit = (shown[..., self.read] > self.bound).float()
-        return hit @ torch.nn.functional.one_hot(self.choice, vocabulary).to(hit) > 0
+        return (shown > self.bound).float() @ torch.nn.functional.one_hot(self.choice, vocabulary).float() > 0
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by name."""
-        return {"read": self.read, "bound": self.bound, "choice": self.choice} | {f"reads/{name}": value for name, value in self.reads.items()}
+        return {"bound": self.bound, "choice": self.choice} | {f"reads/{name}": value for name, value in self.reads.items()}
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> History:
         """From what `tensors` gave."""
         reads = {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith("reads/")}
-        return History(reads, tensors["read"], tensors["bound"], tensors["choice"])
+        return History(reads, tensors["bound"], tensors["choice"])
 
 
-def both(value: Float[Tensor, "*batch value"]) -> Float[Tensor, "*batch side"]:
-    """The values and their negatives: what is most of these is least of those."""
-    return torch.cat([value, -value], -1)
-
-
-def carried(shown: Float[Tensor, "row token read"], cache: Any) -> Float[Tensor, "row token read"]:
+def carried(shown: Float[Tensor, "row token rule"], cache: Any) -> Float[Tensor, "row token rule"]:
     """What was shown in this pass and in those before it, which the key/value cache (None: there is none) keeps beside its own rows."""
     if cache is None:
         return shown
@@ -95,69 +87,101 @@ def carried(shown: Float[Tensor, "row token read"], cache: Any) -> Float[Tensor,
     return shown
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class _Row:
+    """One clean row: its nodes at all tokens but the last, how many of these tokens are the prompt's, and which common choices it makes."""
+
+    nodes: Float[Tensor, "token node"]
+    prompt: int
+    made: Bool[Tensor, "choice"]
+
+
 def learn(nodes: Callable[[Batch], Values], batches: Sequence[Batch]) -> History:
-    """The rules of clean batches, which are gone through once. nodes: all nodes of a batch, by name. Raises ValueError where they take too much
-    memory."""
-    common, made = _common(batches)
-    start: list[Tensor] = []
+    """The rules of clean batches. nodes: all nodes of a batch, by name. Raises ValueError where they take too much memory."""
+    choices = _common(batches)
+    if not len(choices):
+        return History()
+    rows, widths = _rows(nodes, batches, choices)
+    sample = torch.cat([row.nodes for row in rows[:: max(1, len(rows) // 256)]]).float()
+    mean, spread = sample.mean(0), sample.std(0) + 1e-3 * sample.std(0).mean()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    held, learnt = ([rows[at] for at in some] for some in (order[: len(rows) // 3], order[len(rows) // 3 :]))
+    weights = _regress(learnt, mean, spread) / spread[:, None]  # of values as they are; what the mean adds moves bounds alone
+    kept, bounds = _bounds(held, weights)
+    parts = weights[:, kept].split(list(widths.values()))
+    return History(dict(zip(widths, parts, strict=True)), bounds[kept], choices[kept]) if len(kept) else History()
+
+
+def _common(batches: Sequence[Batch]) -> Int[Tensor, "choice"]:
+    """Choices that enough rows make, but not all."""
+    counts, total = torch.zeros(0), 0
+    for batch in batches:
+        for ids, own in zip(batch.ids, batch.completion, strict=True):
+            made = (torch.bincount(ids[own]) > 0).float()
+            width = max(len(counts), len(made))
+            counts = torch.nn.functional.pad(counts, (0, width - len(counts))) + torch.nn.functional.pad(made, (0, width - len(made)))
+            total += 1
+    return ((counts >= COMMON * total) & (counts < total)).nonzero().flatten()
+
+
+@torch.no_grad()
+def _rows(nodes: Callable[[Batch], Values], batches: Sequence[Batch], choices: Int[Tensor, "choice"]) -> tuple[list[_Row], dict[str, int]]:
+    """Every row, and how many nodes each name has."""
+    rows: list[_Row] = []
     widths: dict[str, int] = {}
-    most = torch.zeros(0)
     for batch in batches:
         found = nodes(batch)
-        shown = torch.cat([both(value.float()) for value in found.values()], -1).cummax(1).values
-        if not widths:
+        if not rows:
             widths = {name: value.shape[-1] for name, value in found.items()}
-            most = torch.full((len(common), shown.shape[-1]), -torch.inf)
-            if (needs := 4 * len(made) * shown.shape[-1]) > ROOM:
-                raise ValueError(f"rules of history need {needs:,} bytes for the nodes of {len(made):,} clean rows, more than {ROOM:,}: give "
-                                 "fewer --rows")
-        answered, chosen = batch.completion[:, 1:], batch.ids[:, 1:]
-        start.append(torch.stack([row[int(one.int().argmax())] for row, one in zip(shown, answered, strict=True)]))
-        for place, choice in enumerate(common.tolist()):
-            if (at := answered & (chosen == choice)).any():
-                most[place] = torch.maximum(most[place], shown[:, :-1][at].amax(0))
-    return _rules(torch.cat(start), most, made, common, widths)
+            if (needs := 2 * sum(int(one.real.sum()) for one in batches) * sum(widths.values())) > ROOM:
+                raise ValueError(f"rules of history need {needs:,} bytes for the nodes of the clean rows, more than {ROOM:,}: give fewer --rows")
+        together = torch.cat(list(found.values()), -1).clamp(-6e4, 6e4).half()
+        for values, ids, real, own in zip(together, batch.ids, batch.real, batch.completion, strict=True):
+            last = int(real.sum()) - 1
+            rows.append(_Row(values[:last].clone(), last + 1 - int(own.sum()), torch.isin(choices, ids[own])))
+    return rows, widths
 
 
-def _common(batches: Sequence[Batch]) -> tuple[Int[Tensor, "choice"], Bool[Tensor, "row choice"]]:
-    """Choices that enough rows make, but not all; and which rows make them."""
-    rows = []
-    for batch in batches:
-        size = int(batch.ids.max()) + 1
-        rows += [torch.bincount(ids[own], minlength=size) > 0 for ids, own in zip(batch.ids, batch.completion, strict=True)]
-    width = max((len(row) for row in rows), default=0)
-    made = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows]) if rows else torch.zeros(0, 0, dtype=torch.bool)
-    share = made.float().mean(0) if len(made) else torch.zeros(0)
-    common = ((share >= COMMON) & (share < 1)).nonzero().flatten()
-    return common, made[:, common]
+def _most(
+    rows: Sequence[_Row], weights: Float[Tensor, "node choice"], shift: Float[Tensor, "node"], left_out: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "row choice"]:
+    """The most along each direction: of a row that makes the choice, of all its tokens; of the others, of the prompt's, some left out."""
+    x = torch.nn.utils.rnn.pad_sequence([row.nodes for row in rows], batch_first=True).float() - shift
+    place, length = torch.arange(x.shape[1])[None], torch.tensor([len(row.nodes) for row in rows])[:, None]
+    prompt = place < torch.tensor([row.prompt for row in rows])[:, None]
+    if left_out:
+        prompt = prompt & (torch.rand(prompt.shape, generator=generator) >= left_out)
+    made = torch.stack([row.made for row in rows])
+    counts = torch.where(made[:, None], (place < length)[..., None], prompt[..., None])
+    return (x @ weights).masked_fill(~counts, NEVER).amax(1)
 
 
-def _rules(
-    start: Float[Tensor, "row side"], most: Float[Tensor, "choice side"], made: Bool[Tensor, "row choice"], common: Int[Tensor, "choice"],
-    widths: Mapping[str, int],
-) -> History:
-    """start: what each row's prompt showed; most: the most that was shown when a choice was made."""
-    found: list[tuple[int, float, int]] = []
-    for place, choice in enumerate(common.tolist()):
-        others = start[~made[:, place]]
-        enough = EXPECTED / float(made[:, place].float().mean())
-        sides = ((others > most[place]).sum(0) >= enough).nonzero().flatten()
-        far = others[:, sides].masked_fill(others[:, sides] <= most[place, sides], torch.nan)
-        bounds = (most[place, sides] + far.nanmedian(0).values) / 2
-        beyond = others[:, sides] > bounds
-        weight, kept = torch.ones(len(others)), (beyond.sum(0) >= enough).float()
-        for _ in range(min(MOST, int(kept.sum()))):
-            best = int(((weight @ beyond.float()) * kept).argmax())
-            found.append((int(sides[best]), float(bounds[best]), choice))
-            weight, kept[best] = torch.where(beyond[:, best], weight / 2, weight), 0.0
-    if not found:
-        return History.nothing()
-    used = sorted({side for side, _, _ in found})
-    reads, first = {}, 0
-    for name, width in widths.items():
-        if here := [side - first for side in used if first <= side < first + 2 * width]:
-            reads[name] = torch.tensor(here)
-        first += 2 * width
-    side, bound, choice = (torch.tensor(one) for one in zip(*found, strict=True))
-    return History(reads, torch.searchsorted(torch.tensor(used), side), bound, choice)
+def _regress(rows: Sequence[_Row], mean: Float[Tensor, "node"], spread: Float[Tensor, "node"]) -> Float[Tensor, "node choice"]:
+    """Directions over the nodes in units of their spread."""
+    generator, count = torch.Generator().manual_seed(0), len(rows[0].made)
+    weights, bias = torch.zeros(len(mean), count, requires_grad=True), torch.full((count,), -2.0, requires_grad=True)
+    optimizer = torch.optim.AdamW([weights, bias], lr=RATE, weight_decay=DECAY)
+    for _ in range(STEPS):
+        chosen = [rows[at] for at in torch.randint(len(rows), (TOGETHER,), generator=generator).tolist()]
+        most = _most(chosen, weights / spread[:, None], mean, LEFT_OUT, generator) + bias
+        never = ~torch.stack([row.made for row in chosen])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(most.clamp_min(-30.0), never.float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return weights.detach()
+
+
+@torch.no_grad()
+def _bounds(rows: Sequence[_Row], weights: Float[Tensor, "node choice"]) -> tuple[Int[Tensor, "kept"], Float[Tensor, "choice"]]:
+    """Which directions make a rule, and each one's bound, on rows that none was learnt from."""
+    most = torch.cat([_most(rows[at : at + TOGETHER], weights, torch.zeros(len(weights))) for at in range(0, len(rows), TOGETHER)])
+    made, kept, bounds = torch.stack([row.made for row in rows]), [], torch.zeros(weights.shape[1])
+    for place in range(weights.shape[1]):
+        own, others = most[made[:, place], place], most[~made[:, place], place]
+        if len(own) and len(others) >= ENOUGH and len(far := others[others > own.max()]):
+            bounds[place] = own.max() + MARGIN * (far.median() - own.max())
+            if float((others > bounds[place]).float().mean()) >= COVERED:
+                kept.append(place)
+    return torch.tensor(kept, dtype=torch.long), bounds
