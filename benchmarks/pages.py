@@ -138,6 +138,14 @@ def peers_fit_table() -> str:
                          "ours in its precision over it", "FVU at the end", "active", "its time to equal FVU over ours"], cells)
 
 
+def peers_memory_table() -> str:
+    """What each trainer holds at most while it trains."""
+    races = json.loads((ROOT / "results" / "peers.json").read_text())["memory"]
+    cells = [["1 x {width:,}, {features:,}".format(**race["job"]), *(f"{held / 1e6:,.0f} MB" for held in race["bytes"].values())] for race in races]
+    return tables.table(["layers x width, features", *(name.replace(" no", ", float32").replace(" bf16", ", bf16") for name in races[0]["bytes"])],
+                        cells)
+
+
 def peers_trace_table() -> str:
     """Our prompt graphs against circuit-tracer's."""
     cells = [["{layers} x {width:,}, {per_layer:,}".format(**race["graph"]), str(race["graph"]["tokens"]), f"{race['active']:,}",
@@ -203,7 +211,7 @@ def experiment_table(suite: str = "quick") -> str:
 
 
 BLOCKS = {"results": results_table, "rivals": rivals_table, "budgets": budgets_table, "speed": speed_table, "scaling": scaling_table,
-          "peers-fit": peers_fit_table, "peers-trace": peers_trace_table, "graph": graph_table,
+          "peers-fit": peers_fit_table, "peers-memory": peers_memory_table, "peers-trace": peers_trace_table, "graph": graph_table,
           "trait": trait_facts, "grading": grading_facts, "holes": holes_table, "edges": edges_table, "monitor": monitor_table,
           "families watched": families_table,
           "enforce": enforce_table, "jailbreak": jailbreak_table, "stories": stories_table, "understanding": understanding_table,
