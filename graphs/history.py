@@ -1,15 +1,16 @@
 """History: choices that are never made once a text has shown something.
 
-What a text has shown up to a token is, of some directions over all nodes, the most that they were at any token so far. That only ever grows:
+What a text has shown up to a token is, of some directions over nodes, the most that they were at any token so far. That only ever grows:
 **nothing that is written later takes back what was read**, so what it excludes stays excluded, whatever is appended. A range beside each token
 (`graphs.enforce`) cannot say this: a text that keeps what was read from being *used* leaves every value usual.
 
     rule      direction, bound, choice: where the most of the direction is beyond the bound, the choice is not made
     choices   those that at least `COMMON` of the clean rows make, and not all. A rarer one may be missing beside something because clean rows do not
               happen to combine the two, and to write it there is what a model is for
-    learnt    a weighted sum of all nodes of a token, by logistic regression of "this row never makes the choice" on its most over the row's tokens
-              (multiple instances: Ray and Craven 2005, "Supervised versus multiple instance learning"). Of rows that never make it the tokens of the
-              prompt count, each left out half of the time, so that more than one of them must tell; of the others all tokens do
+    learnt    weighted sums of a token's nodes, one of each layer's alone and one of all, by logistic regression of "this row never makes the choice"
+              on the sum's most over the row's tokens (multiple instances: Ray and Craven 2005, "Supervised versus multiple instance learning"). Of rows
+              that never make it the tokens of the prompt count, each left out half of the time, so that more than one of them must tell; of the
+              others all tokens do
     bound     from a third of the rows, which the direction was not learnt from: `MARGIN` of the way from the most that it was in any row with the
               choice to the median of the rows without that are beyond
     kept      where at least `COVERED` of the held-out rows that never make the choice are beyond the bound, and there are `ENOUGH` of them
@@ -29,8 +30,8 @@ from torch import Tensor
 
 from graphs.batches import Batch
 
-COMMON, COVERED, ENOUGH, MARGIN = 0.25, 0.9, 20, 0.25
-STEPS, TOGETHER, RATE, DECAY, LEFT_OUT = 256, 48, 3e-3, 0.01, 0.5
+COMMON, COVERED, ENOUGH, MARGIN = 0.25, 0.8, 20, 0.25
+STEPS, TOGETHER, RATE, DECAY, LEFT_OUT = 500, 48, 3e-3, 0.01, 0.5
 """Of the regression: steps, rows of each, AdamW's learning rate and decay, and the share of tokens that is left out."""
 KEPT = "shown"
 """What a cache calls what was shown."""
@@ -95,6 +96,10 @@ class _Row:
     prompt: int
     made: Bool[Tensor, "choice"]
 
+    def of(self, columns: Int[Tensor, "column"]) -> _Row:
+        """The same of some nodes."""
+        return _Row(self.nodes[:, columns], self.prompt, self.made)
+
 
 def learn(nodes: Callable[[Batch], Values], batches: Sequence[Batch]) -> History:
     """The rules of clean batches. nodes: all nodes of a batch, by name. Raises ValueError where they take too much memory."""
@@ -102,14 +107,28 @@ def learn(nodes: Callable[[Batch], Values], batches: Sequence[Batch]) -> History
     if not len(choices):
         return History()
     rows, widths = _rows(nodes, batches, choices)
-    sample = torch.cat([row.nodes for row in rows[:: max(1, len(rows) // 256)]]).float()
-    mean, spread = sample.mean(0), sample.std(0) + 1e-3 * sample.std(0).mean()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     held, learnt = ([rows[at] for at in some] for some in (order[: len(rows) // 3], order[len(rows) // 3 :]))
-    weights = _regress(learnt, mean, spread) / spread[:, None]  # of values as they are; what the mean adds moves bounds alone
-    kept, bounds = _bounds(held, weights)
-    parts = weights[:, kept].split(list(widths.values()))
-    return History(dict(zip(widths, parts, strict=True)), bounds[kept], choices[kept]) if len(kept) else History()
+    weights: list[Tensor] = []
+    bounds: list[Tensor] = []
+    chosen: list[Tensor] = []
+    for columns in _groups(widths):
+        made = _regress([row.of(columns) for row in learnt])
+        kept, beyond = _bounds([row.of(columns) for row in held], made)
+        whole = torch.zeros(sum(widths.values()), len(kept))
+        whole[columns] = made[:, kept]
+        for table, one in ((weights, whole), (bounds, beyond[kept]), (chosen, choices[kept])):
+            table.append(one)
+    parts = torch.cat(weights, 1).split(list(widths.values()))
+    rules = torch.cat(chosen)
+    return History(dict(zip(widths, parts, strict=True)), torch.cat(bounds), rules) if len(rules) else History()
+
+
+def _groups(widths: Mapping[str, int]) -> list[Int[Tensor, "column"]]:
+    """Which nodes are each layer's (by the first part of their names), and all."""
+    layers = [name.partition(".")[0] for name, width in widths.items() for _ in range(width)]
+    alone = [torch.tensor([at for at, one in enumerate(layers) if one == layer]) for layer in dict.fromkeys(layers)]
+    return [*alone, torch.arange(len(layers))] if len(alone) > 1 else alone
 
 
 def _common(batches: Sequence[Batch]) -> Int[Tensor, "choice"]:
@@ -157,8 +176,10 @@ def _most(
     return (x @ weights).masked_fill(~counts, NEVER).amax(1)
 
 
-def _regress(rows: Sequence[_Row], mean: Float[Tensor, "node"], spread: Float[Tensor, "node"]) -> Float[Tensor, "node choice"]:
-    """Directions over the nodes in units of their spread."""
+def _regress(rows: Sequence[_Row]) -> Float[Tensor, "node choice"]:
+    """Directions over the nodes."""
+    sample = torch.cat([row.nodes for row in rows[:: max(1, len(rows) // 256)]]).float()
+    mean, spread = sample.mean(0), sample.std(0) + 1e-3 * sample.std(0).mean()
     generator, count = torch.Generator().manual_seed(0), len(rows[0].made)
     weights, bias = torch.zeros(len(mean), count, requires_grad=True), torch.full((count,), -2.0, requires_grad=True)
     optimizer = torch.optim.AdamW([weights, bias], lr=RATE, weight_decay=DECAY)
@@ -170,7 +191,7 @@ def _regress(rows: Sequence[_Row], mean: Float[Tensor, "node"], spread: Float[Te
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return weights.detach()
+    return weights.detach() / spread[:, None]  # of values as they are; what the mean adds moves bounds alone
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def prompts(count, marked, seed=9):
 
 def test_the_rule_that_is_there_is_found_and_what_was_shown_stays_shown():
     rules = history.learn(invented, batches(answered()))
-    assert rules.choice.tolist() == [SAYS]  # of REFUSES what would tell is that there is no mark, and that no most can say
+    assert set(rules.choice.tolist()) == {SAYS}  # of REFUSES what would tell is that there is no mark, and that no most can say
     for marked in (True, False):
         out = rules.excluded(rules.shown(invented(collate(prompts(20, marked), END))), 50)
         assert bool((out[:, 3:, SAYS] == marked).all()) and not bool(out[:, :3].any()) and int(out.sum()) == int(out[..., SAYS].sum())
@@ -126,7 +126,7 @@ def test_what_takes_too_much_memory_is_refused(monkeypatch):
 def test_a_model_that_hardly_reads_its_text_still_shows_the_mark(tiny_model_folder):
     host = load(tiny_model_folder)
     limits = learn(own(host), batches(answered(900)), history=True)
-    assert limits.history.choice.tolist() == [SAYS]
+    assert set(limits.history.choice.tolist()) == {SAYS}
     run, plain = Enforced(own(host), limits), Enforced(own(host), limits.without(names=lambda name: name != HISTORY))
     for marked, share in ((True, 1.0), (False, 0.0)):
         out = [bool(run.excluded(torch.tensor(row.ids))[SAYS]) for row in prompts(40, marked)]
