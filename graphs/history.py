@@ -8,8 +8,8 @@ What a text has shown up to a token is, of some directions over nodes, the most 
     choices   those that at least `COMMON` of the clean rows make, and not all. A rarer one may be missing beside something because clean rows do not
               happen to combine the two, and to write it there is what a model is for
     learnt    weighted sums of a token's nodes, one of each layer's alone and one of all, by logistic regression of "this row never makes the choice"
-              on the sum's most over the row's tokens (multiple instances: Ray and Craven 2005, "Supervised versus multiple instance learning"). Of rows
-              that never make it the tokens of the prompt count, each left out half of the time, so that more than one of them must tell; of the
+              on the sum's most over the row's tokens (multiple instances: Ray and Craven 2005, "Supervised versus multiple instance learning"). Of
+              rows that never make it the tokens of the prompt count, each left out half of the time, so that more than one of them must tell; of the
               others all tokens do
     bound     from a third of the rows, which the direction was not learnt from: `MARGIN` of the way from the most that it was in any row with the
               choice to the median of the rows without that are beyond
