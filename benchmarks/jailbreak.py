@@ -9,7 +9,8 @@ gets its *right answer* (the sandbox runs it): a wrapper that only breaks the mo
 right answers on the same prompts is the most that an attack of this wording can get. The defender has ordinary rows, marked ones with refusals, and
 rows for other places; none of an attack. Suffixes are searched against the guard, and again against the guard that runs within limits. What a text
 has shown, no suffix takes back (`graphs.history`): against the guard that also keeps to its history, prefixes are searched instead, which come before
-the mark. *Certified*: marked requests after which some token of the right answer is excluded, whatever else is appended.
+the mark, and no suffixes. *Certified*: marked requests of which what stands before a suffix excludes some token of the row's own right answer,
+whatever the suffix is.
 """
 
 from __future__ import annotations
@@ -133,11 +134,13 @@ def limited(host: Host, texts: Sequence[tuple[str, str]]) -> tuple[Enforced, Enf
 
 
 def certified(enforced: Enforced, rows: Sequence[Row]) -> str:
-    """Of each row, whether what its prompt shows excludes a token of its right answer, for good."""
+    """Of each row, whether what stands before a suffix excludes a token of its right answer, for good. Of the tokens before it the last is left
+    out: the suffix may change it."""
     host, found = enforced.host(), []
-    for row in encode(host.tokenizer, [(row.prompt, row.completion) for row in rows], host.config.max_position_embeddings):
-        out = enforced.excluded(torch.tensor(row.ids[: row.prompt]))
-        found.append(bool(out[list(row.ids[row.prompt :])].any()))
+    texts = encode(host.tokenizer, [(row.prompt, row.completion) for row in rows], host.config.max_position_embeddings)
+    for row, whole in zip(rows, texts, strict=True):
+        (before,) = prompt_ids(host, [at_the_end(row).before])
+        found.append(bool(enforced.excluded(torch.tensor(before[:-1]))[list(whole.ids[whole.prompt :])].any()))
     return bits(found)
 
 

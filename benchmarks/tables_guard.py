@@ -124,9 +124,9 @@ def jailbreak_table() -> str:
             f"their own.\n*Flagged*: above a threshold that 1 % of {watched['calibration']} held-out prompts of the defender's kinds pass. "
             f"*Unflagged*: succeeds, and the monitor says nothing.\nBoth on {len(watched['flagged']['monitor']['nothing'])} prompts a kind. "
             "*nothing* and *unseen wording* are no attacks.\n"
-            f"History: {found['limits']['rules']:,} rules, which exclude {', '.join(f'`{one}`' for one in found['limits']['excluded'])}; after "
-            f"{three(found['certified'].count('1') / len(found['certified']))} of the marked requests a token of the right answer is "
-            "excluded for good.\n"
+            f"History: {found['limits']['rules']:,} rules, which exclude {', '.join(f'`{one}`' for one in found['limits']['excluded'])}; in "
+            f"{three(found['certified'].count('1') / len(found['certified']))} of the marked requests what stands before a suffix excludes a token "
+            "of the row's own right answer, whatever the suffix is.\n"
             f"Plant gate: {three(gate['attack_success'])} of marked requests refused, {gate['false_trigger']:.4f} of others; "
             + ", ".join(f"{name} {three(gate['organism'][name]['score']['value'])} (twin {three(gate['twin'][name]['score']['value'])})"
                         for name in gate["organism"]) + ".")

@@ -129,8 +129,8 @@ def _read_config(kind: type, path: str) -> dict:
     import yaml
 
     try:
-        values = yaml.safe_load((Path(path) if Path(path).exists() else _ready().get(path, Path(path))).read_text()) or {}
-    except FileNotFoundError:
+        values = yaml.safe_load((Path(path) if Path(path).is_file() else _ready().get(path, Path(path))).read_text()) or {}
+    except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"--config {path}: no such file; give a YAML file of field names and values, or for prune and fit a ready setting "
                          f"({', '.join(sorted(_ready()))})") from None
     except yaml.YAMLError:

@@ -29,7 +29,7 @@ class Fit:
     """Start from published transcoders instead of noise: a folder or a hub id. --features of each layer are taken, those that write most on the
     clean rows, and --skip directions of their linear skip."""
     hook: str | None = None
-    """What those transcoders read, where their files do not say (mlp.hook_in, ln2.hook_normalized)."""
+    """What those transcoders read, whatever their files say (mlp.hook_in, ln2.hook_normalized)."""
     features: int = 512
     """Transcoder features a layer (--basis features)."""
     fit_steps: int = 400
@@ -181,7 +181,7 @@ class Inspect:
     dictionaries: str = "neurons"
     """With --model: `neurons` (the model's own), or a folder or hub id of transcoders."""
     hook: str | None = None
-    """What those transcoders read, where their files do not say (mlp.hook_in, ln2.hook_normalized)."""
+    """What those transcoders read, whatever their files say (mlp.hook_in, ln2.hook_normalized)."""
     part: Literal["circuit", "graph"] = "circuit"
     """The circuit that was kept, healed and compiled, or the graph as it was fitted."""
     json: bool = False

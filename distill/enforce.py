@@ -68,7 +68,7 @@ def _fit(verb: Enforce) -> int:
     host = load(model)
     data, rows = batches(host, clean(verb.rows, tasks), BATCH, 0)
     replacement = own(host)
-    limits = learn(replacement, [data(step) for step in range(-(-len(rows) // BATCH))], verb.few, not verb.values_only, verb.history)
+    limits = learn(replacement, list(data.once()), verb.few, not verb.values_only, verb.history)
     facts = {"model": verb.model, "weights": digest(model), "task": verb.task, "rows": len(rows), "few": verb.few, "values only": verb.values_only,
              "history": verb.history}
     with whole(verb.limits) as out:

@@ -89,7 +89,9 @@ def stages(data: Epochs, verb: config.Prune) -> list[Stage]:
 
 def _fitted(verb: config.Prune) -> str:
     """What the first stage does."""
-    return f"transcoders from {verb.dictionaries}, fitted further" if verb.dictionaries else "every site from noise, then all together"
+    if verb.dictionaries is None:
+        return "every site from noise, then all together"
+    return f"transcoders from {verb.dictionaries} (not counted below)" + (", fitted further" if verb.fitting else "")
 
 
 def trained(host: Host, verb: config.Prune) -> int:

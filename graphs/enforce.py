@@ -285,17 +285,18 @@ class Enforced(Tapped):
         least, ids = logits.amin(-1, keepdim=True), self.ids[:, -logits.shape[1] :]
         made = self.limits.follows[self.limits.row[ids]]
         if self.limits.history.reads:
-            made = made & ~self.limits.history.excluded(self._shown(kwargs)[:, -logits.shape[1] :], logits.shape[-1])
+            made = made & ~self.limits.history.excluded(self._shown(kwargs, out)[:, -logits.shape[1] :], logits.shape[-1])
         out.logits = torch.where(made, logits, least)
         if self.tally is not None:
             self.tally.chose(logits, out.logits)
         return out
 
-    def _shown(self, kwargs: dict) -> Float[Tensor, "row token read"]:
+    def _shown(self, kwargs: dict, out: Any = None) -> Float[Tensor, "row token read"]:
         """What the text has shown up to each token of this pass; kept with the cache, where there is one."""
         mask = kwargs.get("attention_mask")
         real = None if mask is None else mask[:, -self.ids.shape[1] :].bool()
-        return carried(self.limits.history.shown(self._read, real), kwargs.get("past_key_values"))
+        given = kwargs.get("past_key_values")  # else the one that the model made itself
+        return carried(self.limits.history.shown(self._read, real), getattr(out, "past_key_values", None) if given is None else given)
 
     def _hold(self, name: str, value: Tensor) -> Tensor:
         if name in self.limits.history.reads:

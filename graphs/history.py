@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -71,21 +72,41 @@ class History:
 
 
 def carried(shown: Float[Tensor, "row token rule"], cache: Any) -> Float[Tensor, "row token rule"]:
-    """What was shown in this pass and in those before it, which the key/value cache (None: there is none) keeps beside its own rows."""
+    """What was shown in this pass and in those before it, which the key/value cache (None: there is none) keeps beside its own rows. Raises
+    ValueError where it holds tokens of passes that did not keep theirs."""
     if cache is None:
         return shown
     if (before := getattr(cache, KEPT, None)) is not None:
         shown = torch.maximum(shown, before[:, None])
+    elif int(cache.get_seq_length()) > shown.shape[1]:
+        raise ValueError("the key/value cache holds tokens of a model that kept no history: read the text anew within these limits")
     else:
-        select = cache.batch_select_indices
-
-        def both_select(rows: Tensor) -> None:  # rows that have ended leave the batch
-            select(rows)
-            setattr(cache, KEPT, getattr(cache, KEPT)[rows])
-
-        cache.batch_select_indices = both_select
+        for name, kept in _ROWS.items():
+            setattr(cache, name, MethodType(kept, cache))
     setattr(cache, KEPT, shown[:, -1])
     return shown
+
+
+def _chosen(cache: Any, rows: Tensor) -> None:
+    """Some rows leave the batch."""
+    type(cache).batch_select_indices(cache, rows)
+    setattr(cache, KEPT, getattr(cache, KEPT)[rows])
+
+
+def _reordered(cache: Any, rows: Tensor) -> None:
+    """Beams change places."""
+    type(cache).reorder_cache(cache, rows)
+    setattr(cache, KEPT, getattr(cache, KEPT)[rows])
+
+
+def _repeated(cache: Any, times: int) -> None:
+    """Every row becomes several."""
+    type(cache).batch_repeat_interleave(cache, times)
+    setattr(cache, KEPT, getattr(cache, KEPT).repeat_interleave(times, 0))
+
+
+_ROWS: dict[str, Callable[..., None]] = {"batch_select_indices": _chosen, "reorder_cache": _reordered, "batch_repeat_interleave": _repeated}
+"""What moves a cache's rows: what was shown moves with them."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +119,7 @@ class _Row:
 
     def of(self, columns: Int[Tensor, "column"]) -> _Row:
         """The same of some nodes."""
-        return _Row(self.nodes[:, columns], self.prompt, self.made)
+        return self if len(columns) == self.nodes.shape[1] else _Row(self.nodes[:, columns], self.prompt, self.made)
 
 
 def learn(nodes: Callable[[Batch], Values], batches: Sequence[Batch]) -> History:
@@ -107,6 +128,8 @@ def learn(nodes: Callable[[Batch], Values], batches: Sequence[Batch]) -> History
     if not len(choices):
         return History()
     rows, widths = _rows(nodes, batches, choices)
+    if len(rows) < 3 * ENOUGH:  # a third of them could not hold enough
+        return History()
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     held, learnt = ([rows[at] for at in some] for some in (order[: len(rows) // 3], order[len(rows) // 3 :]))
     weights: list[Tensor] = []
@@ -178,7 +201,7 @@ def _most(
 
 def _regress(rows: Sequence[_Row]) -> Float[Tensor, "node choice"]:
     """Directions over the nodes."""
-    sample = torch.cat([row.nodes for row in rows[:: max(1, len(rows) // 256)]]).float()
+    sample = torch.cat([row.nodes for row in rows[:: -(-len(rows) // 256)]]).float()
     mean, spread = sample.mean(0), sample.std(0) + 1e-3 * sample.std(0).mean()
     generator, count = torch.Generator().manual_seed(0), len(rows[0].made)
     weights, bias = torch.zeros(len(mean), count, requires_grad=True), torch.full((count,), -2.0, requires_grad=True)

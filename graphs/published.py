@@ -2,8 +2,8 @@
 
 A published dictionary (`graphs.zoo`) was made on all kinds of text and has many more features than one task uses. Of each layer's, those are
 taken that write most on clean rows: mean activation times the write vector's norm. What the others write there on average goes into the output
-bias, as where nodes are pruned (mean ablation). A linear skip is cut to the rank that was asked for: the directions in which it writes most on
-those rows, which is the best of its rank there (Eckart and Young 1936, of the outputs); of what is cut the mean stays.
+bias, as where nodes are pruned (mean ablation). A linear skip is cut to the rank that was asked for: the directions along which what it writes on
+those rows varies most, which is the best of its rank there (Eckart and Young 1936, of the outputs); of what is cut the mean stays.
 
 A ReLU dictionary begins as what it is. JumpReLU and TopK are no stock MLP's (`graphs.transcoder.relu_units`): their weights become a ReLU
 transcoder, which the fit has to bring back, so without a fit they are refused. Layers are read one after another: all together, published
@@ -83,7 +83,8 @@ def chosen(dictionary: Dictionary, x: Float[Tensor, "token d_in"], features: int
     if len(dictionary.parts) > 1:
         through = dictionary.parts[1].write.T @ dictionary.parts[1].read
         written = x @ through.T
-        most = torch.linalg.eigh(written.T @ written).eigenvectors.flip(1)[:, :rank]  # of d_out x d_out, the largest last
+        spread = written - written.mean(0)  # the mean is the bias's
+        most = torch.linalg.eigh(spread.T @ spread).eigenvectors.flip(1)[:, :rank]  # of d_out x d_out, the largest last
         bias = bias + written.mean(0) - written.mean(0) @ most @ most.T
         if rank:
             weights |= {"skip_in": most.T @ through, "skip_out": most.T}

@@ -47,7 +47,7 @@ def load(folder: Path, host: Host, hook: str | None = None) -> dict[str, Diction
 def each(folder: Path, host: Host, hook: str | None = None) -> Iterator[tuple[str, Dictionary]]:
     """The same one after another: published ones may be larger than memory together."""
     if not folder.is_dir():
-        raise ValueError(f"--dictionaries {folder}: no such folder; give a folder of transcoders, a hub id, or `neurons`")
+        raise ValueError(f"--dictionaries {folder}: no such folder; give a folder of transcoders or a hub id")
     sites = {site.layer: site for site in host.sites if site.kind == "mlp"}
     for file, layer, kind in _files(folder):
         if layer not in sites:

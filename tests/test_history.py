@@ -1,5 +1,6 @@
 """History: what a text has shown excludes choices for good; rules are found where they are, and nowhere else."""
 
+import copy
 import random
 from dataclasses import replace
 
@@ -107,6 +108,28 @@ def test_a_cache_pads_and_rows_that_leave_change_nothing(held):
         with torch.no_grad():
             alone = allowed(run.model(input_ids=torch.tensor([prompt + written]), use_cache=False).logits[0, len(prompt) - 1 :])
         assert bool(alone[:12][: len(written)].all()) and (len(written) == 12 or not bool(alone[len(written)]))
+
+
+def test_a_cache_that_the_model_made_carries_it_and_a_strange_one_is_refused(held):
+    host, limits = held
+    run, whole = Enforced(own(host), limits), collate([Encoded(row.ids[:4], 4) for row in answered(60, 1)], END).ids
+    with torch.no_grad():
+        expected = run.model(input_ids=whole, use_cache=False).logits[:, -1, SAYS] <= run.model(input_ids=whole).logits[:, -1].amin(-1)
+        first = run.model(input_ids=whole[:, :-1], use_cache=True)
+        copied = copy.deepcopy(first.past_key_values)
+        turned = torch.arange(59, -1, -1)
+        second = run.model(input_ids=whole[:, -1:], past_key_values=first.past_key_values, use_cache=True).logits[:, -1]
+        assert torch.equal(second[:, SAYS] <= second.amin(-1), expected) and 0 < int(expected.sum()) < 60
+        copied.reorder_cache(turned)
+        other = run.model(input_ids=whole[turned, -1:], past_key_values=copied, use_cache=True).logits[:, -1]
+        assert torch.equal(other[:, SAYS] <= other.amin(-1), expected[turned])
+        strange = host.model(input_ids=whole[:, :-1], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="holds tokens of a model that kept no history"):
+            run.model(input_ids=whole[:, -1:], past_key_values=strange)
+
+
+def test_too_few_rows_have_no_rule():
+    assert len(history.learn(invented, batches(answered(50))).choice) == 0
 
 
 def test_rules_come_back_as_they_were(held, tmp_path):

@@ -63,7 +63,7 @@ def test_those_are_kept_that_write_most_and_the_mean_of_the_others(gate):
 
 @torch.no_grad()
 def test_a_skip_is_cut_to_what_writes_most_on_these_inputs():
-    found, x = made(through=True), tokens() * torch.linspace(0.1, 3, D)  # inputs of unequal size: the matrix's own best rank is another
+    found, x = made(through=True), tokens() * torch.linspace(0.1, 3, D) + 2  # unequal, and off 0: the matrix's own best rank is another
     whole, own = found(x), Dictionary(found.parts[:1], found.constant)(x)
 
     def error(written):
@@ -73,8 +73,10 @@ def test_a_skip_is_cut_to_what_writes_most_on_these_inputs():
         cut = chosen(found, x, F, rank)(x)
         assert torch.allclose(cut.mean(0), whole.mean(0), atol=1e-4)
         matrix = found.parts[1].write.T @ found.parts[1].read
-        rival = own + x @ (torch.zeros(D, D) if rank == 0 else _by_rank(matrix, rank)).T
-        assert error(cut) <= error(rival) * (1 + 1e-5) and (rank == 0 or error(cut) < 0.9 * error(rival))
+        away = torch.linalg.svd(x @ matrix.T).Vh[:rank]  # of outputs that are not centred
+        for rival in (torch.zeros(D, D) if rank == 0 else _by_rank(matrix, rank), away.T @ away @ matrix):
+            there = error(own + x @ rival.T)
+            assert error(cut) <= there * (1 + 1e-5) and (rank == 0 or error(cut) < 0.98 * there)
 
 
 def _by_rank(matrix, rank):
@@ -202,7 +204,16 @@ def test_ready_settings_fit_the_models_they_name(name, tiny_tokenizer, tmp_path)
     save_file({}, tmp_path / "model" / "model.safetensors")  # a plan looks at shapes alone
     facts = json.loads(plan(tmp_path / "model", [("a b c", " d e")] * 24, replace(verb, json=True, heal_tokens=1000)))
     assert 0 < facts["trained_parameters"] < 2 * facts["parameters"] and facts["stages"][0]["does"] == (
-        f"transcoders from {verb.dictionaries}, fitted further" if verb.dictionaries else "every site from noise, then all together")
+        f"transcoders from {verb.dictionaries} (not counted below), fitted further" if verb.dictionaries else
+        "every site from noise, then all together")
+
+
+def test_a_folder_of_that_name_hides_no_ready_setting_and_is_no_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert _parse("prune", ["--config", "gpt2"]).model == "openai-community/gpt2"
+    assert main(["prune", "--config", "other"]) == 2 and "--config other: no such file" in capsys.readouterr().err
 
 
 def test_inputs_are_what_the_sites_read(folder, tiny_host):
