@@ -79,7 +79,7 @@ def carried(shown: Float[Tensor, "row token rule"], cache: Any) -> Float[Tensor,
     if (before := getattr(cache, KEPT, None)) is not None:
         shown = torch.maximum(shown, before[:, None])
     elif int(cache.get_seq_length()) > shown.shape[1]:
-        raise ValueError("the key/value cache holds tokens of a model that kept no history: read the text anew within these limits")
+        raise ValueError("the key/value cache holds tokens of a model that kept no history; give the whole text to this model, without that cache")
     else:
         for name, kept in _ROWS.items():
             setattr(cache, name, MethodType(kept, cache))
