@@ -197,6 +197,7 @@ def main(folder: Path, pruned: dict[str, Path]) -> None:
     with Sandbox() as sandbox:
         enforced, remembers, made["limits"] = limited(host, defender())
         made["certified"] = certified(remembers, wrapped(TASK, MARK, "nothing", COUNT, SEED))
+        keep()
         hosts = {"guard": host, "twin": load(secret.twin), LIMITED: enforced.host(), REMEMBERS: remembers.host(),
                  **{who: load(where) for who, where in pruned.items()}}
 

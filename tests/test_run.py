@@ -247,7 +247,7 @@ def test_rivals_are_made_at_the_runs_rows_and_tokens_and_shown_under_our_row(org
     found = [json.loads(line) for line in (tmp_path / "rivals.jsonl").read_text().splitlines()]
     made = read_json(out / "report.json")
     # one of the two layers takes more than the checkpoint, so no layers can be dropped
-    assert found[0] == other and len(found) == 14 and len(made["rivals"]) == 11 and len(made["ablation"]) == 2
+    assert found[0] == other and len(found) == 15 and len(made["rivals"]) == 12 and len(made["ablation"]) == 2
     assert all(row[key] == made["summary"][key] for row in found[1:] for key in ("steps", "tokens", "rows"))
     sizes = {row["name"]: row["params"] for row in found[1:]}
     assert sizes["dense refit"] == sizes["written text, lr 0.002"] == made["summary"]["params_after"]
