@@ -90,9 +90,10 @@ def contenders(
         yield f"clean fine-tuning, lr {knob:g}", knob, partial(fine_tuning.remove, targets, steps, knob)
     for knob in written_text.KNOBS:
         yield f"written text, lr {knob:g}", knob, partial(from_written_text, targets.host, verb, texts, steps, knob)
-    if layers := fitting_layers(targets.host, parameters(load(checkpoint).model).stored):
+    stored = parameters(load(checkpoint).model).stored
+    if layers := fitting_layers(targets.host, stored):
         yield "layer drop, healed", 0.0, partial(layer_drop.remove, targets, layers, steps, HEAL_RATE, verb.heal_decay, verb.answers)
-    if size := fitting_width(targets.host, parameters(load(checkpoint).model).stored):
+    if size := fitting_width(targets.host, stored):
         yield "width, healed", 0.0, partial(width.remove, targets, *size, steps, HEAL_RATE, verb.heal_decay, verb.answers)
     tokens = targets.batches.tokens(steps)
     for name, score in (("magnitude, healed", "magnitude"), ("Wanda, healed", "activation"), ("random mask, healed", "random")):

@@ -190,19 +190,11 @@ def joint(name: str) -> str:
 def directions(run: Tapped, batches: Sequence[Batch]) -> dict[str, Float[Tensor, "value direction"]]:
     """By the name of each site's nodes the eigenvectors of their covariance on clean batches, summed in float64."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    real = torch.zeros(1, 0, dtype=torch.bool)
-
-    def add(name: str, value: Tensor) -> Tensor:
-        if name.endswith(NODE):
-            seen = value[real].double()
+    for batch in batches:
+        for name, value in nodes(run, batch).items():
+            seen = value[batch.real].double()
             first, second = sums.get(name, (torch.zeros(()), torch.zeros(())))
             sums[name] = first + seen.sum(0), second + seen.T @ seen
-        return value
-
-    run.tap = add
-    for batch in batches:
-        real = batch.real
-        run(batch.ids)
     tokens = sum(int(batch.real.sum()) for batch in batches)
     return {name: torch.linalg.eigh(second / tokens - (first / tokens)[:, None] * (first / tokens))[1].float()
             for name, (first, second) in sums.items()}
